@@ -1,0 +1,1 @@
+"""The tokens tier: queues, sequence groups, KV blocks and steps. No torch, no text."""
