@@ -1,0 +1,344 @@
+"""The policy of one step: who runs, on which blocks, for how many iterations.
+
+Read `make_plan` from top to bottom. Decodes come first, so that a long prompt never stalls a stream;
+prompts in prefill share what is left of the token budget; then the queue is admitted in order. Only
+when a step holds nothing but decodes may it look further ahead than one iteration.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from scheduler_svc.core.config import CoreConfig
+from scheduler_svc.core.events import NewRow, Plan
+from scheduler_svc.core.group import Group, State
+from scheduler_svc.core.preempt import choose_victim
+from scheduler_svc.core.request import Sequence
+from scheduler_svc.core.rows import Column
+from scheduler_svc.core.stats import Stats
+from scheduler_svc.core.worker import Flight, Worker
+
+
+def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> Plan | None:
+    """The next step of `worker`; None when its window is full or nothing can run."""
+    if len(worker.inflight) >= worker.depth:
+        return None
+    decodes = _make_room(worker, stats)
+    if decodes is None:
+        return None
+    step = _Step(worker, stats, now, decodes)
+    step.decode(1)
+    step.continue_prefills()
+    step.start_followers()
+    step.admit()
+    if not step.plan.slots:
+        return None
+    if step.flight.only_decodes and not worker.prefilling:
+        step.look_ahead(config.horizon_us)
+    return step.finish()
+
+
+def _make_room(worker: Worker, stats: Stats) -> Column | None:
+    """Slots that decode in this step, after preempting until the blocks suffice.
+
+    None: blocks are short while steps are in flight. Their results may free some, so look-ahead ends
+    here before anyone is preempted.
+    """
+    while True:
+        decodes = worker.rows.decoding()
+        need = int(_lacking(worker, decodes, 1).sum()) + _tail_copies(worker)
+        if not decodes.size and worker.prefilling and not worker.inflight:
+            # Prompts may hold all blocks between them: the oldest must be able to go on.
+            oldest = next(iter(worker.prefilling.values()))
+            need += int(worker.rows.scheduled[oldest.slot] >= worker.rows.capacity[oldest.slot])
+        if need <= worker.allocator.num_free:
+            return decodes
+        if worker.inflight:
+            return None
+        victim = choose_victim(worker)
+        assert victim is not None, "the oldest request does not fit the cache that it was checked against"
+        _preempt(worker, victim, stats)
+
+
+def _lacking(worker: Worker, decodes: Column, iterations: int) -> Column:
+    """Blocks that each decoding row lacks for so many iterations."""
+    rows = worker.rows
+    covered = np.minimum(rows.scheduled[decodes] + iterations, rows.last[decodes])
+    return np.maximum(-((rows.capacity[decodes] - covered) // worker.block_size), 0)
+
+
+def _tail_copies(worker: Worker) -> int:
+    """Blocks that copy-on-write needs when every row with a shared tail writes: all but the last holder."""
+    holders = Counter(s.blocks[-1] for s in worker.shared_tails.values())
+    return sum(min(n, worker.allocator.ref_count(block) - 1) for block, n in holders.items())
+
+
+def _preempt(worker: Worker, group: Group, stats: Stats) -> None:
+    group.resume_after = worker.remove_group(group)
+    group.num_preemptions += 1
+    stats.num_preemptions += 1
+    worker.queue.push(group)
+
+
+class _Step:
+    """One plan in the making, and the record of it that its answer is read through."""
+
+    def __init__(self, worker: Worker, stats: Stats, now: float, decodes: Column) -> None:
+        self.worker = worker
+        self.stats = stats
+        self.now = now
+        self.decodes = decodes
+        self.budget = worker.budget - len(decodes)
+        step_id = worker.next_step
+        self.plan = Plan(
+            worker.name, worker.epoch, step_id, 1, [], [], [], [], [], [], [], [], [], decodes.tolist(), []
+        )
+        self.flight = Flight(step_id, 1, [])
+        self.chunks: list[Sequence] = []
+        sequences = worker.rows.sequences
+        for slot in self.plan.slots:
+            sequence = sequences[slot]
+            assert sequence is not None
+            self.flight.sampling.append(sequence)
+
+    # --------------------------------------------------------------------------------------- decodes
+
+    def decode(self, iterations: int) -> None:
+        """Give every decoding row blocks for its next `iterations` tokens and count them as scheduled."""
+        worker, plan = self.worker, self.plan
+        if worker.shared_tails:
+            self._copy_tails()
+        lacking = _lacking(worker, self.decodes, iterations)
+        for i in np.flatnonzero(lacking).tolist():
+            sequence = self.flight.sampling[i]
+            for block in worker.append_blocks(sequence, int(lacking[i])):
+                plan.append_slots.append(sequence.slot)
+                plan.append_blocks.append(block)
+
+    def _copy_tails(self) -> None:
+        """Copy-on-write: a row about to write into a block that others hold gets its own copy."""
+        worker, plan = self.worker, self.plan
+        for slot, sequence in list(worker.shared_tails.items()):
+            if worker.rows.scheduled[slot] >= worker.rows.last[slot]:
+                continue
+            del worker.shared_tails[slot]
+            shared = sequence.blocks[-1]
+            if worker.allocator.ref_count(shared) == 1:
+                continue
+            (own,) = worker.allocator.allocate(1)
+            worker.allocator.release([shared])
+            sequence.blocks[-1] = own
+            plan.copy_src_blocks.append(shared)
+            plan.copy_dst_blocks.append(own)
+            plan.replace_slots.append(slot)
+            plan.replace_indexes.append(len(sequence.blocks) - 1)
+            plan.replace_blocks.append(own)
+
+    def look_ahead(self, horizon_us: int) -> None:
+        """Choose the horizon m, so that one message covers about `horizon_us` of device time."""
+        worker, rows = self.worker, self.worker.rows
+        if not horizon_us or not worker.iteration_us:
+            worker.horizon = 1
+            return
+        remaining = rows.last[self.decodes] - rows.scheduled[self.decodes]
+        # While others wait, do not run past the first row that ends: its place is wanted.
+        enough = int(remaining.min() if len(worker.queue) else remaining.max())
+        m = max(1, min(worker.max_horizon, int(horizon_us / worker.iteration_us), enough))
+        while m > 1 and _lacking(worker, self.decodes, m).sum() > worker.allocator.num_free:
+            m -= 1
+        if m > 1:
+            self.decode(m)
+        self.plan.num_iterations = self.flight.num_iterations = worker.horizon = m
+
+    # --------------------------------------------------------------------------------------- prompts
+
+    def continue_prefills(self) -> None:
+        """Give the rows in prefill their next chunks, oldest first."""
+        for sequence in list(self.worker.prefilling.values()):
+            if self.budget <= 0:
+                return
+            self._chunk(sequence)
+
+    def _chunk(self, sequence: Sequence) -> None:
+        """Schedule the next chunk of `sequence`: what budget and blocks allow."""
+        worker, rows, plan = self.worker, self.worker.rows, self.plan
+        slot, size = sequence.slot, worker.block_size
+        start, known = int(rows.scheduled[slot]), len(sequence.tokens)
+        end = min(known, start + self.budget)
+        end = min(end, (len(sequence.blocks) + worker.allocator.num_free) * size)
+        if end <= start:
+            return
+        for block in worker.append_blocks(sequence, max(0, -(-end // size) - len(sequence.blocks))):
+            plan.append_slots.append(slot)
+            plan.append_blocks.append(block)
+        self.budget -= end - start
+        self._join(sequence, end - start)
+        rows.scheduled[slot] = end
+        self.chunks.append(sequence)
+        if end == known:
+            del worker.prefilling[slot]
+            self.flight.sampling.append(sequence)
+            self.flight.first.append(sequence)
+            self._fork(sequence)
+
+    def _join(self, sequence: Sequence, num_tokens: int) -> None:
+        """Put a row that is no plain decode into the batch."""
+        plan = self.plan
+        if not plan.num_tokens:
+            plan.num_tokens = [1] * len(plan.slots)
+        plan.slots.append(sequence.slot)
+        plan.num_tokens.append(num_tokens)
+        self.flight.only_decodes = False
+
+    def _fork(self, leader: Sequence) -> None:
+        """The leader's prompt is complete: followers without output sample from the same logits."""
+        worker, group = self.worker, leader.group
+        if leader.num_output or not group.followers:
+            return
+        partial = group.num_prompt % worker.block_size
+        for sequence in [f for f in group.followers if not f.num_output]:
+            group.followers.remove(sequence)
+            worker.allocator.share(leader.blocks)
+            worker.place(sequence, list(leader.blocks), group.num_prompt)
+            self._new_row(sequence, leader.slot)
+            self._join(sequence, 0)
+            self.flight.sampling.append(sequence)
+            if partial:
+                worker.shared_tails[sequence.slot] = sequence
+                worker.shared_tails[leader.slot] = leader
+
+    def start_followers(self) -> None:
+        """Start followers that do not fork: on the leader's prompt blocks once it has computed them."""
+        worker = self.worker
+        for group in list(worker.gathering.values()):
+            leader = next((s for s in group.live() if s not in group.followers), None)
+            for sequence in list(group.followers):
+                shared = self._shared_prompt(leader, sequence)
+                if shared is None:
+                    break
+                blocks = max(shared, worker.hits(sequence), key=len)
+                if not self._can_start(blocks):
+                    break
+                group.followers.remove(sequence)
+                self._start(sequence, blocks)
+                leader = leader or sequence
+            if not group.followers:
+                del worker.gathering[group.key]
+
+    def _shared_prompt(self, leader: Sequence | None, sequence: Sequence) -> list[int] | None:
+        """The leader's blocks that `sequence` starts on; None while it has to wait for them."""
+        if leader is None:  # it ended: the first follower takes its place
+            return []
+        worker, size = self.worker, self.worker.block_size
+        if leader.slot in worker.prefilling and not leader.num_output and not sequence.num_output:
+            return None  # it will fork
+        num_full = sequence.num_prompt // size
+        if worker.rows.scheduled[leader.slot] < num_full * size or leader in self.chunks:
+            return None
+        return leader.blocks[: min(num_full, (len(sequence.tokens) - 1) // size)]
+
+    def _can_start(self, blocks: list[int]) -> bool:
+        """Whether budget and cache allow a first token after `blocks`."""
+        allocator = self.worker.allocator
+        idle = sum(1 for block in blocks if not allocator.ref_count(block))
+        return self.budget > 0 and allocator.num_free - idle > 0
+
+    def _start(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Start the row of `sequence`, which holds a slot, on `blocks` that hold its first tokens."""
+        worker = self.worker
+        worker.allocator.share(blocks)
+        worker.place(sequence, list(blocks), len(blocks) * worker.block_size)
+        self._new_row(sequence, None)
+        group = sequence.group
+        if group.num_preemptions or group.num_replays:
+            self.stats.recomputed_tokens += len(sequence.tokens) - len(blocks) * worker.block_size
+        self._chunk(sequence)
+
+    def _new_row(self, sequence: Sequence, parent_slot: int | None) -> None:
+        forked = parent_slot is not None
+        self.plan.new_rows.append(
+            NewRow(
+                slot=sequence.slot,
+                parent_slot=parent_slot,
+                tokens=() if forked else tuple(sequence.tokens),
+                num_prompt_tokens=sequence.num_prompt,
+                num_computed=0 if forked else int(self.worker.rows.scheduled[sequence.slot]),
+                blocks=() if forked else tuple(sequence.blocks),
+                last_position=sequence.last_position,
+                sampling=sequence.group.samplings[sequence.index],
+            )
+        )
+
+    # ------------------------------------------------------------------------------------- admission
+
+    def admit(self) -> None:
+        """Admit from the queue in order, until one does not fit: nobody overtakes."""
+        worker = self.worker
+        worker.blocked = ""
+        while (group := worker.queue.peek()) is not None:
+            worker.blocked = self._why_not(group)
+            if worker.blocked:
+                return
+            worker.queue.pop()
+            self._admit(group)
+
+    def _why_not(self, group: Group) -> str:
+        """What `group` waits for; empty when it can start in this step."""
+        worker = self.worker
+        if self.budget <= 0:
+            return "the token budget of a step is used up"
+        if group.resume_after > worker.confirmed_step:
+            return "its last step before preemption is still in flight"
+        if worker.running and (group.alone or any(g.alone for g in worker.running.values())):
+            return "a request that was there when a worker died twice runs alone"
+        live = group.live()
+        if len(live) > worker.rows.num_free:
+            return f"it needs {len(live)} slots, {worker.rows.num_free} are free"
+        hits = worker.hits(live[0])
+        idle_hits = sum(1 for block in hits if not worker.allocator.ref_count(block))
+        need = group.blocks_needed(worker.block_size, [len(s.tokens) for s in live]) - len(hits)
+        free = worker.allocator.num_free - idle_hits - worker.committed_blocks()
+        if worker.running and need + worker.watermark > free:
+            return f"it needs {need} blocks and {worker.watermark} to spare, {max(free, 0)} are free"
+        return ""
+
+    def _admit(self, group: Group) -> None:
+        worker, stats = self.worker, self.stats
+        live = group.live()
+        for sequence in live:
+            worker.rows.take(sequence)
+        worker.running[group.key] = group
+        group.state = State.RUNNING
+        group.followers = live[1:]
+        if group.followers:
+            worker.gathering[group.key] = group
+        leader = live[0]
+        hits = worker.hits(leader)
+        if group.first_scheduled is None:
+            group.first_scheduled = self.now
+            group.cached_tokens = min(len(hits) * worker.block_size, group.num_prompt)
+            stats.prompt_tokens += group.num_prompt
+            stats.prompt_tokens_cached += group.cached_tokens
+            stats.prefix_cache_queries += group.num_prompt
+            stats.prefix_cache_hits += group.cached_tokens
+        self._start(leader, hits)
+
+    # ---------------------------------------------------------------------------------------- finish
+
+    def finish(self) -> Plan:
+        """Commit the step: count decodes as scheduled, index prompts, and put it in flight."""
+        worker, rows, plan = self.worker, self.worker.rows, self.plan
+        decodes = self.decodes
+        rows.scheduled[decodes] = np.minimum(
+            rows.scheduled[decodes] + plan.num_iterations, rows.last[decodes]
+        )
+        rows.last_step[plan.slots] = plan.step_id
+        for sequence in self.chunks:
+            # Hits from the next step on: this one's admissions are over.
+            worker.index_blocks(sequence, min(int(rows.scheduled[sequence.slot]), len(sequence.tokens)))
+        plan.released_slots, worker.released = worker.released, []
+        worker.next_step += 1
+        worker.inflight.append(self.flight)
+        return plan

@@ -1,0 +1,157 @@
+"""The state of the core at one moment, and why a request is not running. Fields are named as on the wire."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from scheduler_svc.core.group import Group, State
+from scheduler_svc.core.request import NO_SLOT
+from scheduler_svc.core.worker import Worker
+
+if TYPE_CHECKING:
+    from scheduler_svc.core.scheduler import Scheduler
+
+WAITING, PREFILL, DECODE, PREEMPTED = 1, 2, 3, 4  # values of `pagoda.v1.RequestState`
+
+
+class SampleView(msgspec.Struct):
+    """One sample."""
+
+    index: int
+    slot: int | None
+    output_tokens: int
+    num_computed: int
+    blocks: list[int]
+    finish_reason: int
+
+
+class RequestView(msgspec.Struct):
+    """One request."""
+
+    request_id: str
+    state: int
+    why_not_running: str
+    worker: str
+    priority: int
+    age_us: int
+    prompt_tokens: int
+    cached_tokens: int
+    num_preemptions: int
+    samples: list[SampleView]
+
+
+class WorkerView(msgspec.Struct):
+    """One worker group."""
+
+    name: str
+    epoch: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    block_size: int
+    max_slots: int
+    num_slots_used: int
+    num_inflight: int
+    horizon: int
+    step_us: int
+    ref_counts: list[int]
+    cached_blocks: list[int]
+    kv_waste_ratio: float
+    kv_sharing_ratio: float
+
+
+class Snapshot(msgspec.Struct):
+    """Everything."""
+
+    num_waiting: int
+    num_running: int
+    generation_tokens: int
+    prompt_tokens: int
+    num_preemptions: int
+    workers: list[WorkerView]
+    requests: list[RequestView]
+
+
+def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests: int) -> Snapshot:
+    """A snapshot of `core`; `requests` lists up to `max_requests`, `blocks` adds tables and counts."""
+    listed = list(core.groups.values())[:max_requests] if requests else []
+    ahead: dict[str, int] = {}
+    return Snapshot(
+        num_waiting=core.num_waiting,
+        num_running=core.num_running,
+        generation_tokens=core.stats.generation_tokens,
+        prompt_tokens=core.stats.prompt_tokens,
+        num_preemptions=core.stats.num_preemptions,
+        workers=[_worker(w, blocks) for w in core.workers.values()],
+        requests=[_request(core, g, now, blocks, ahead) for g in sorted(listed, key=lambda g: g.rank)],
+    )
+
+
+def _worker(worker: Worker, blocks: bool) -> WorkerView:
+    allocator = worker.allocator
+    allocated, used, references = worker.memory()
+    unique = allocated // worker.block_size
+    return WorkerView(
+        name=worker.name,
+        epoch=worker.epoch,
+        num_blocks=allocator.num_blocks,
+        num_free_blocks=allocator.num_free - allocator.num_cached,
+        num_cached_blocks=allocator.num_cached,
+        block_size=worker.block_size,
+        max_slots=worker.rows.max_slots,
+        num_slots_used=worker.rows.max_slots - worker.rows.num_free,
+        num_inflight=len(worker.inflight),
+        horizon=worker.horizon,
+        step_us=int(worker.iteration_us),
+        ref_counts=[allocator.ref_count(b) for b in range(allocator.num_blocks)] if blocks else [],
+        cached_blocks=worker.index.blocks() if blocks else [],
+        kv_waste_ratio=1 - used / allocated if allocated else 0.0,
+        kv_sharing_ratio=(references - unique) / references if references else 0.0,
+    )
+
+
+def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dict[str, int]) -> RequestView:
+    worker = core.workers.get(group.worker)
+    why = ""
+    if group.state is State.WAITING:
+        state = PREEMPTED if group.num_preemptions else WAITING
+        position = ahead.get(group.worker, 0)
+        ahead[group.worker] = position + 1
+        why = _why(worker, position)
+    else:
+        slots = [s.slot for s in group.samples if s.slot != NO_SLOT]
+        prefilling = worker is not None and any(slot in worker.prefilling for slot in slots)
+        state = PREFILL if prefilling or group.followers else DECODE
+    samples = [
+        SampleView(
+            index=s.index,
+            slot=None if s.slot == NO_SLOT else s.slot,
+            output_tokens=s.num_output,
+            num_computed=int(worker.rows.scheduled[s.slot]) if worker and s.slot != NO_SLOT else 0,
+            blocks=list(s.blocks) if blocks else [],
+            finish_reason=int(s.finish or 0),
+        )
+        for s in group.samples
+    ]
+    return RequestView(
+        request_id=group.request_id,
+        state=state,
+        why_not_running=why,
+        worker=group.worker,
+        priority=group.priority,
+        age_us=int((now - group.arrived) * 1e6),
+        prompt_tokens=group.num_prompt,
+        cached_tokens=group.cached_tokens,
+        num_preemptions=group.num_preemptions,
+        samples=samples,
+    )
+
+
+def _why(worker: Worker | None, position: int) -> str:
+    if worker is None:
+        return "no worker is attached"
+    if position:
+        return f"{position} requests are ahead of it in the queue of {worker.name}"
+    return worker.blocked or "it is next and starts with the next step"

@@ -1,0 +1,21 @@
+"""Counters of the core, read by the metrics of the service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start of the core. Tokens unless the name says otherwise."""
+
+    num_preemptions: int = 0  # groups
+    recomputed_tokens: int = 0  # whose KV had been computed before
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    replayed_requests: int = 0
+    replayed_tokens: int = 0  # output that survived a worker's death
+    finished: dict[str, int] = field(default_factory=dict)  # requests by how they ended

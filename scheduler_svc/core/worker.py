@@ -1,0 +1,174 @@
+"""One worker group as the scheduler sees it: its blocks, rows, queue and steps in flight."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from scheduler_svc.core.blocks import BlockAllocator
+from scheduler_svc.core.config import CoreConfig
+from scheduler_svc.core.events import WorkerAttached
+from scheduler_svc.core.group import Group
+from scheduler_svc.core.prefix import PrefixIndex, extend_chain
+from scheduler_svc.core.queue import WaitingQueue
+from scheduler_svc.core.request import NEVER, NO_SLOT, Sequence
+from scheduler_svc.core.rows import Rows
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that has been sent and not been answered. `sampling` are its sampling rows' sequences."""
+
+    step_id: int
+    num_iterations: int
+    sampling: list[Sequence]
+    first: list[Sequence] = field(default_factory=list)  # whose token follows a prefill
+    only_decodes: bool = True
+
+
+class Worker:
+    """State of one attached worker group. It lives exactly as long as the worker's session."""
+
+    def __init__(self, event: WorkerAttached, config: CoreConfig) -> None:
+        self.name = event.worker
+        self.epoch = event.epoch
+        self.block_size = event.block_size
+        self.max_model_len = event.max_model_len
+        self.budget = min(config.max_batched_tokens, event.max_batched_tokens)
+        # Every row must fit into one iteration, or the last rows would starve.
+        slots = min(event.max_slots, self.budget, config.max_slots or event.max_slots)
+        self.max_horizon = event.max_horizon
+        self.depth = min(config.max_inflight, event.max_inflight)
+        self.use_prefix = config.prefix_cache
+        self.watermark = max(1, int(config.watermark * event.num_blocks))
+        self.index = PrefixIndex(event.num_blocks)
+        self.allocator = BlockAllocator(event.num_blocks, self.index.forget)
+        self.rows = Rows(slots)
+        self.queue = WaitingQueue(event.worker)
+        self.running: dict[int, Group] = {}  # by key, in the order of admission
+        self.prefilling: dict[int, Sequence] = {}  # by slot, in the order of admission
+        self.gathering: dict[int, Group] = {}  # by key: groups whose followers have no row yet
+        self.shared_tails: dict[int, Sequence] = {}  # by slot: rows whose last block may be shared
+        self.released: list[int] = []  # slots that the next plan releases
+        self.inflight: deque[Flight] = deque()
+        self.next_step = 0
+        self.confirmed_step = -1
+        self.iteration_us = 0.0  # moving average over steps of decodes
+        self.horizon = 1
+        self.blocked = ""  # why the head of the queue is not admitted
+
+    # ------------------------------------------------------------------------------ rows and blocks
+
+    def place(self, sequence: Sequence, blocks: list[int], num_computed: int) -> None:
+        """Start the row of `sequence`, which has a slot, on `blocks` that it holds already."""
+        sequence.blocks = blocks
+        self.rows.start(sequence, num_computed, len(blocks) * self.block_size)
+        num_full = num_computed // self.block_size
+        sequence.index_at = (num_full + 1) * self.block_size if self.use_prefix else NEVER
+        if num_computed < len(sequence.tokens):
+            self.prefilling[sequence.slot] = sequence
+
+    def remove(self, sequence: Sequence) -> int:
+        """Take `sequence` off the device; its blocks may be written by the next plan.
+
+        Returns the step after whose result it may run again.
+        """
+        slot = sequence.slot
+        last_step = int(self.rows.last_step[slot])
+        self.prefilling.pop(slot, None)
+        self.shared_tails.pop(slot, None)
+        if self.rows.last[slot]:  # a follower that waits for its leader has no row on the device
+            self.released.append(slot)
+        self.rows.free(sequence)
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.index_at = NEVER
+        return last_step
+
+    def remove_group(self, group: Group) -> int:
+        """Take every sample of `group` off the device; the step to wait for before it may run again."""
+        group.followers = []
+        steps = [self.remove(s) for s in group.samples if s.slot != NO_SLOT]
+        self.running.pop(group.key, None)
+        self.gathering.pop(group.key, None)
+        return max(steps, default=-1)
+
+    def append_blocks(self, sequence: Sequence, count: int) -> list[int]:
+        """Add `count` new blocks to the table of `sequence`."""
+        blocks = self.allocator.allocate(count)
+        sequence.blocks.extend(blocks)
+        self.rows.capacity[sequence.slot] += count * self.block_size
+        return blocks
+
+    # ----------------------------------------------------------------------------------- the prefix
+
+    def hashes(self, sequence: Sequence) -> list[bytes]:
+        """The chain over the confirmed tokens of `sequence`."""
+        extend_chain(sequence.hashes, sequence.tokens, self.block_size, sequence.group.root)
+        return sequence.hashes
+
+    def hits(self, sequence: Sequence) -> list[int]:
+        """Blocks of the prefix cache that `sequence` could start on; never over its last token."""
+        if not self.use_prefix:
+            return []
+        return self.index.match(self.hashes(sequence), (len(sequence.tokens) - 1) // self.block_size)
+
+    def index_blocks(self, sequence: Sequence, num_tokens: int) -> None:
+        """Index the full blocks of the first `num_tokens` tokens, which are known and computed."""
+        if not self.use_prefix or sequence.slot == NO_SLOT:
+            return
+        done = sequence.index_at // self.block_size - 1
+        num_full = num_tokens // self.block_size
+        if num_full > done:
+            hashes = self.hashes(sequence)
+            for i in range(done, num_full):
+                self.index.insert(hashes[i], sequence.blocks[i], self.allocator)
+            sequence.index_at = (num_full + 1) * self.block_size
+
+    def forget_content(self, sequence: Sequence) -> None:
+        """The KV of `sequence` is not to be trusted: none of its blocks may be hit."""
+        for block in sequence.blocks:
+            self.index.forget(block)
+            self.allocator.drop(block)
+
+    # ---------------------------------------------------------------------------------- accounting
+
+    def committed_blocks(self) -> int:
+        """Blocks that rows in prefill, and followers that wait for them, will still ask for."""
+        size, total = self.block_size, 0
+        for sequence in self.prefilling.values():
+            total += -(-len(sequence.tokens) // size) - len(sequence.blocks)
+            group = sequence.group
+            if group.followers:
+                total += group.blocks_needed(size, [len(f.tokens) for f in group.followers])
+                total -= group.num_prompt // size
+        return total
+
+    def memory(self) -> tuple[int, int, int]:
+        """(allocated token slots, used ones, references to blocks) over all running sequences."""
+        size = self.block_size
+        fill: dict[int, int] = {}
+        references = 0
+        for group in self.running.values():
+            for sequence in group.samples:
+                references += len(sequence.blocks)
+                scheduled = int(self.rows.scheduled[sequence.slot]) if sequence.blocks else 0
+                for i, block in enumerate(sequence.blocks):
+                    fill[block] = max(fill.get(block, 0), min(size, max(0, scheduled - i * size)))
+        return len(fill) * size, sum(fill.values()), references
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless reference counts, slots and rows agree."""
+        refs = [0] * self.allocator.num_blocks
+        used = 0
+        for group in self.running.values():
+            for sequence in group.samples:
+                if sequence.slot == NO_SLOT:
+                    assert not sequence.blocks, "a sequence without a slot holds blocks"
+                    continue
+                used += 1
+                assert self.rows.sequences[sequence.slot] is sequence, "a slot holds another sequence"
+                for block in sequence.blocks:
+                    refs[block] += 1
+        assert used + self.rows.num_free == self.rows.max_slots, "slots were lost"
+        self.allocator.check_integrity(refs)

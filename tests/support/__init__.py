@@ -1,0 +1,1 @@
+"""What several tests share: real prompts, the independent reference, comparisons."""

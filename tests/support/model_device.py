@@ -1,0 +1,141 @@
+"""A device that the core can be run against without a wire: a plain model of what a worker must do.
+
+It knows nothing of the scheduler. Every cell of every KV block remembers the tokens up to and including
+the one whose KV it holds; a row that attends to a cell with another history fails the test. So wrong
+block tables, early reuse, missing copies and false prefix hits are all seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scheduler_svc.core.events import Plan, RowEnd, StepDone, WorkerAttached
+
+VOCAB = 50
+STOP_ID = 7
+
+
+def next_token(history: tuple[int, ...], seed: int) -> int:
+    """What the model says after `history`: any fixed function of the history and the seed."""
+    return hash((history, seed)) % VOCAB
+
+
+def expected_output(prompt: list[int], seed: int, max_tokens: int, stops: tuple[int, ...]) -> list[int]:
+    """What a request must yield, computed with no engine at all."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tuple(tokens), seed))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Row:
+    """One device row."""
+
+    tokens: list[int]
+    num_computed: int
+    blocks: list[int]
+    last_position: int
+    seed: int
+    stops: tuple[int, ...]
+    done: bool = False
+
+
+@dataclass
+class ModelDevice:
+    """Executes plans at once; its answers are handed out when the test asks for them."""
+
+    attached: WorkerAttached
+    rows: dict[int, Row] = field(default_factory=dict)
+    cells: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    next_step: int = 0
+
+    def run(self, plan: Plan) -> StepDone:
+        """Apply `plan` in the order that the wire prescribes, checking every rule on the way."""
+        assert plan.epoch == self.attached.epoch and plan.step_id == self.next_step
+        self.next_step += 1
+        counts = plan.num_tokens or [1] * len(plan.slots)
+        assert len(counts) == len(plan.slots) == len(set(plan.slots)) > 0
+        assert sum(counts) <= self.attached.max_batched_tokens
+        assert 1 <= plan.num_iterations <= self.attached.max_horizon
+        assert plan.num_iterations == 1 or not plan.num_tokens
+        self._apply_diffs(plan)
+        tokens: list[int] = []
+        sampled: list[int] = []
+        ended: dict[int, RowEnd] = {}
+        forks = {n.slot: n for n in plan.new_rows if n.parent_slot is not None}
+        for slot, count in zip(plan.slots, counts, strict=True):
+            if slot in forks:
+                parent = self.rows[forks[slot].parent_slot]
+                row = self.rows[slot]
+                row.tokens, row.blocks = parent.tokens[: forks[slot].num_prompt_tokens], list(parent.blocks)
+                row.num_computed = len(row.tokens)
+                drawn = self._sample(row, ended, len(sampled))
+            else:
+                drawn = self._forward(self.rows[slot], count, plan.num_iterations, ended, len(sampled))
+            if drawn is not None:
+                tokens.extend(drawn)
+                sampled.append(len(drawn))
+        full = all(n == plan.num_iterations for n in sampled)
+        return StepDone(
+            worker=plan.worker, epoch=plan.epoch, step_id=plan.step_id, tokens=tokens,
+            num_sampled=[] if full else sampled, ended_rows=list(ended),
+            ended_reasons=[int(r) for r in ended.values()], device_us=1000 * plan.num_iterations,
+        )  # fmt: skip
+
+    def _apply_diffs(self, plan: Plan) -> None:
+        for slot in plan.released_slots:
+            del self.rows[slot]
+        assert not set(plan.copy_src_blocks) & set(plan.copy_dst_blocks), "a block is source and destination"
+        for source, target in zip(plan.copy_src_blocks, plan.copy_dst_blocks, strict=True):
+            for i in range(self.attached.block_size):
+                self.cells.pop((target, i), None)
+                if (source, i) in self.cells:
+                    self.cells[target, i] = self.cells[source, i]
+        for new in plan.new_rows:
+            assert new.slot not in self.rows, "a row was put into a slot that is taken"
+            self.rows[new.slot] = Row(
+                list(new.tokens), new.num_computed, list(new.blocks), new.last_position,
+                new.sampling.seed, new.sampling.stop_token_ids,
+            )  # fmt: skip
+        for slot, block in zip(plan.append_slots, plan.append_blocks, strict=True):
+            self.rows[slot].blocks.append(block)
+        for slot, i, block in zip(plan.replace_slots, plan.replace_indexes, plan.replace_blocks, strict=True):
+            self.rows[slot].blocks[i] = block
+
+    def _forward(
+        self, row: Row, count: int, iterations: int, ended: dict[int, RowEnd], index: int
+    ) -> list[int] | None:
+        drawn: list[int] = []
+        for _ in range(iterations):
+            if row.done:
+                break
+            assert row.num_computed + count <= len(row.tokens), "more tokens scheduled than the row has"
+            for position in range(row.num_computed, row.num_computed + count):
+                self._write(row, position)
+            row.num_computed += count
+            if row.num_computed < len(row.tokens):
+                return None
+            drawn += self._sample(row, ended, index)
+        return drawn
+
+    def _write(self, row: Row, position: int) -> None:
+        size = self.attached.block_size
+        block = row.blocks[position // size]
+        holders = [r for r in self.rows.values() if block in r.blocks and not r.done]
+        assert len(holders) <= 1, "a block that others hold was written"
+        self.cells[block, position % size] = tuple(row.tokens[: position + 1])
+
+    def _sample(self, row: Row, ended: dict[int, RowEnd], index: int) -> list[int]:
+        size = self.attached.block_size
+        for position in range(row.num_computed):
+            cell = self.cells.get((row.blocks[position // size], position % size))
+            assert cell == tuple(row.tokens[: position + 1]), "the row attends to foreign KV"
+        row.tokens.append(next_token(tuple(row.tokens), row.seed))
+        if row.tokens[-1] in row.stops:
+            row.done, ended[index] = True, RowEnd.STOP
+        elif len(row.tokens) == row.last_position:
+            row.done, ended[index] = True, RowEnd.LENGTH
+        return row.tokens[-1:]
