@@ -291,7 +291,7 @@ class _Step:
             return "the token budget of a step is used up"
         if group.resume_after > worker.confirmed_step:
             return "its last step before preemption is still in flight"
-        if worker.running and (group.alone or any(g.alone for g in worker.running.values())):
+        if worker.running and (group.alone or next(iter(worker.running.values())).alone):
             return "a request that was there when a worker died twice runs alone"
         live = group.live()
         if len(live) > worker.rows.num_free:
