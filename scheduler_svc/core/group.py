@@ -7,6 +7,7 @@ from the leader's logits, on resume by sharing the leader's full prompt blocks.
 
 from __future__ import annotations
 
+from array import array
 from enum import IntEnum
 
 import msgspec
@@ -51,7 +52,9 @@ class Group:
         self.first_token: float | None = None
         self.samplings = [_with_seed(event.sampling, i) for i in range(event.n)]
         limit = min(self.num_prompt + event.max_tokens, max_model_len)
-        self.samples = [Sequence(self, i, list(event.prompt), self.num_prompt, limit) for i in range(event.n)]
+        self.samples = [
+            Sequence(self, i, array("I", event.prompt), self.num_prompt, limit) for i in range(event.n)
+        ]
         for sample, resumed in zip(self.samples, event.resume, strict=False):
             sample.tokens.extend(resumed.tokens)
             sample.finish = Finish.STOP if resumed.finished else self._finish_of(sample)

@@ -19,11 +19,11 @@ def root_hash(salt: str) -> bytes:
     return blake2b(salt.encode(), digest_size=16).digest()
 
 
-def extend_chain(hashes: list[bytes], tokens: Sequence[int], block_size: int, root: bytes) -> None:
+def extend_chain(hashes: list[bytes], tokens: array[int], block_size: int, root: bytes) -> None:
     """Append to `hashes` what is missing for the full blocks of `tokens`, in place."""
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         parent = hashes[-1] if hashes else root
-        content = array("I", tokens[start : start + block_size]).tobytes()
+        content = tokens[start : start + block_size].tobytes()
         hashes.append(blake2b(parent + content, digest_size=16).digest())
 
 

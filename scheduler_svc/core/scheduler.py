@@ -90,6 +90,12 @@ class Scheduler:
                     self._attached(event, now)
                 case WorkerLost():
                     self._lost(event, now)
+        for out in self._outputs.sessions.values():
+            self.stats.generation_tokens += len(out.tokens)
+            if not any(out.indexes):
+                out.indexes = []
+            if out.num_tokens.count(1) == len(out.num_tokens):
+                out.num_tokens = []
         return self._outputs
 
     def snapshot(
@@ -236,19 +242,19 @@ class Scheduler:
                 entries = [next(logprobs) for _ in new]
             if sequence.finish is not None or not (count or row in ended):
                 continue  # it ended before; what the step drew for it is discarded
-            sequence.tokens.extend(new)
-            self.stats.generation_tokens += count
-            if len(sequence.tokens) > sequence.index_at:
-                worker.index_blocks(sequence, len(sequence.tokens) - 1)
+            history = sequence.tokens
+            history.extend(new)
+            if len(history) > sequence.index_at:
+                worker.index_blocks(sequence, len(history) - 1)
             if sequence.session != session:
                 session, out = sequence.session, self._session(sequence.session)
             out.handles.append(sequence.handle)
             out.indexes.append(sequence.index)
             out.num_tokens.append(count)
-            out.tokens.extend(new)
+            out.tokens += new
             if entries:
                 out.logprob_rows.append(len(out.handles) - 1)
-                out.logprobs.extend(entries)
+                out.logprobs += entries
             if row in ended:
                 self._row_ended(worker, sequence, RowEnd(ended[row]), out, now)
 

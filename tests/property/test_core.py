@@ -74,7 +74,9 @@ class World:
         self.now += 0.001
         for out in self.core.apply([event], self.now).sessions.values():  # type: ignore[list-item]
             start = 0
-            for handle, index, count in zip(out.handles, out.indexes, out.num_tokens, strict=True):
+            indexes = out.indexes or [0] * len(out.handles)
+            counts = out.num_tokens or [1] * len(out.handles)
+            for handle, index, count in zip(out.handles, indexes, counts, strict=True):
                 assert (handle // 10, index) not in self.stopped, "tokens after a stop"
                 self.got[handle // 10][index] += out.tokens[start : start + count]
                 start += count
