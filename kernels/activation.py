@@ -1,0 +1,53 @@
+"""The gated activation of Llama's feed-forward block (SwiGLU, Shazeer 2020)."""
+
+import functools
+
+import torch
+
+from kernels.cpu.functions import function, i32, i64, ptr
+
+
+@functools.cache
+def _c_silu_and_mul():
+    return function("pagoda_silu_and_mul", ptr, ptr, i64, i64, i64, i64, i32)
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """silu(gate) * up, computed in float32 and rounded once.
+
+    Args:
+        gate_up: [T, 2 I], float32 or bfloat16: the gates, then the ups.
+        out: [T, I], written and returned. A new tensor when None.
+
+    Raises:
+        ValueError: a shape, type or stride is wrong; the message names the argument.
+    """
+    rows, width = gate_up.shape
+    dtype = gate_up.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or width % 2 or gate_up.stride(1) != 1:
+        raise ValueError(
+            f"gate_up must be float32 or bfloat16 [T, 2 I], unit stride, not {dtype} {tuple(gate_up.shape)}"
+        )
+    if out is None:
+        out = torch.empty((rows, width // 2), dtype=dtype, device=gate_up.device)
+    elif out.shape != (rows, width // 2) or out.dtype != dtype or out.stride(1) != 1:
+        raise ValueError(f"out must be {dtype} [{rows}, {width // 2}], not {out.dtype} {tuple(out.shape)}")
+    if gate_up.is_cpu and (c := _c_silu_and_mul()) is not None:
+        c(
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            gate_up.stride(0),
+            out.stride(0),
+            rows,
+            width // 2,
+            dtype is torch.bfloat16,
+        )
+        return out
+    return silu_and_mul_reference(gate_up, out)
+
+
+def silu_and_mul_reference(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu_and_mul` in plain torch, on any device."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    result = (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return result if out is None else out.copy_(result)

@@ -1,0 +1,219 @@
+"""Linear layers over packed weights, and the embedding that reads rows out of the same packing."""
+
+import ctypes
+import functools
+
+import torch
+
+from kernels.activation import silu_and_mul_reference
+from kernels.cpu.functions import function, i32, i64, ptr
+
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+class _Descriptor(ctypes.Structure):
+    """`pagoda_linear` of cpu/linear.h."""
+
+    _fields_ = [
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("out_bf16", ctypes.c_int32),
+    ]
+
+
+class PackedLinear:
+    """A weight matrix [N, K] and a bias in the form that `linear` reads; made by `pack`.
+
+    Attributes:
+        out_features: N.
+        in_features: K.
+        dtype: type of the weights and of the inputs.
+        out_dtype: type of the results.
+        data: the only copy of the weights: packed panels, or the plain matrix where there is no C library.
+        bias: [N] float32 or None.
+        address: of the C descriptor; 0 where there is no C library.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        data: torch.Tensor,
+        bias: torch.Tensor | None,
+        is_packed: bool,
+    ) -> None:
+        self.out_features, self.in_features = shape
+        self.dtype = dtype
+        self.out_dtype = out_dtype
+        self.data = data
+        self.bias = bias
+        self._descriptor = _Descriptor(
+            data.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            *shape,
+            dtype is torch.bfloat16,
+            out_dtype is torch.bfloat16,
+        )
+        self.address = ctypes.addressof(self._descriptor) if is_packed else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights and the bias occupy."""
+        return self.data.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def weight(self) -> torch.Tensor:
+        """A plain copy of the weights, [N, K]."""
+        return embedding(torch.arange(self.out_features), self)
+
+
+@functools.cache
+def _c_columns():
+    return function("pagoda_linear_columns", result=i32)
+
+
+@functools.cache
+def _c_pack():
+    return function("pagoda_linear_pack", ptr, ptr, i64)
+
+
+@functools.cache
+def _c_linear():
+    return function("pagoda_linear_run", ptr, ptr, i64, i32, ptr, i64, i64)
+
+
+@functools.cache
+def _c_gather():
+    return function("pagoda_linear_gather", ptr, ptr, i64, ptr, result=i32)
+
+
+def pack(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> PackedLinear:
+    """Packs a weight matrix for `linear`; the caller may then drop its own copy.
+
+    Args:
+        weight: [N, K], float32 or bfloat16, unit stride in the last dim.
+        bias: [N] of any float type, or None; kept as float32.
+        out_dtype: float32 or bfloat16; the weight's type when None. float32 is for logits.
+
+    Raises:
+        ValueError: a shape, type or stride is wrong; the message names the argument.
+    """
+    if weight.dim() != 2 or weight.dtype not in FLOATS or weight.stride(1) != 1:
+        raise ValueError(f"weight must be float32 or bfloat16 [N, K], not {weight.dtype}, {weight.shape}")
+    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype must be float32 or bfloat16, not {out_dtype}")
+    n, k = weight.shape
+    if bias is not None:
+        if bias.shape != (n,):
+            raise ValueError(f"bias must be [{n}], not {tuple(bias.shape)}")
+        bias = bias.to(torch.float32, copy=True).contiguous()
+    if not weight.is_cpu or (c := _c_pack()) is None:
+        return PackedLinear((n, k), weight.dtype, out_dtype, weight.contiguous(), bias, is_packed=False)
+    columns = _c_columns()()
+    words = k if weight.dtype is torch.float32 else -(-k // 2)
+    data = torch.empty(-(-n // columns) * columns * words, dtype=torch.float32)
+    packed = PackedLinear((n, k), weight.dtype, out_dtype, data, bias, is_packed=True)
+    c(packed.address, weight.data_ptr(), weight.stride(0))
+    return packed
+
+
+def linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias, summed in float32 in an order that does not depend on how many rows there are.
+
+    Args:
+        x: [T, K], the type of the weights, unit stride in the last dim.
+        packed: the weights.
+        out: [T, N] of the weights' out_dtype, unit stride in the last dim, written and returned. A new tensor
+            when None.
+
+    Raises:
+        ValueError: a shape, type or stride is wrong; the message names the argument.
+    """
+    return _run(x, packed, out, 0)
+
+
+def silu_and_mul_linear(
+    gate_up: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear(silu_and_mul(gate_up), packed)` in one pass: a feed-forward block's down projection.
+
+    Args:
+        gate_up: [T, 2 K], the type of the weights: gates, then ups.
+        packed: the weights.
+        out: as in `linear`.
+
+    Raises:
+        ValueError: a shape, type or stride is wrong; the message names the argument.
+    """
+    return _run(gate_up, packed, out, 1)
+
+
+def _run(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None, silu_and_mul: int) -> torch.Tensor:
+    rows, width = x.shape
+    expected = packed.in_features * 2 if silu_and_mul else packed.in_features
+    if width != expected or x.dtype != packed.dtype or x.stride(1) != 1:
+        name = "gate_up" if silu_and_mul else "x"
+        raise ValueError(f"{name} must be {packed.dtype} [T, {expected}], not {x.dtype} {tuple(x.shape)}")
+    if out is None:
+        out = torch.empty((rows, packed.out_features), dtype=packed.out_dtype, device=x.device)
+    elif out.shape != (rows, packed.out_features) or out.dtype != packed.out_dtype or out.stride(1) != 1:
+        shape = [rows, packed.out_features]
+        raise ValueError(f"out must be {packed.out_dtype} {shape}, not {out.dtype} {tuple(out.shape)}")
+    if packed.address:
+        c = _c_linear()
+        c(packed.address, x.data_ptr(), x.stride(0), silu_and_mul, out.data_ptr(), out.stride(0), rows)
+        return out
+    if silu_and_mul:
+        x = silu_and_mul_reference(x)
+    return linear_reference(x, packed.data, packed.bias, packed.out_dtype, out)
+
+
+def linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`linear` in plain torch over plain weights [N, K], on any device."""
+    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    if out_dtype is torch.float32 and weight.dtype is torch.bfloat16:
+        result = x.float() @ weight.float().t()
+    else:
+        result = torch.nn.functional.linear(x, weight)
+    if bias is not None:
+        result = result + bias
+    return result.to(out_dtype) if out is None else out.copy_(result)
+
+
+def embedding(ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Rows `ids` of the packed matrix, [T, K], in the weights' type: the input side of tied embeddings.
+
+    Args:
+        ids: [T] int32 or int64.
+        packed: the weights.
+
+    Raises:
+        ValueError: ids is not one-dimensional or of another type.
+        IndexError: an id is outside [0, N).
+    """
+    if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"ids must be int32 or int64 [T], not {ids.dtype} {tuple(ids.shape)}")
+    if not packed.address:
+        return embedding_reference(ids, packed.data)
+    ids = ids.to(torch.int64).contiguous()
+    out = torch.empty((ids.shape[0], packed.in_features), dtype=packed.dtype)
+    if _c_gather()(packed.address, ids.data_ptr(), ids.shape[0], out.data_ptr()):
+        raise IndexError(f"ids must lie in [0, {packed.out_features})")
+    return out
+
+
+def embedding_reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`embedding` in plain torch over plain weights [N, K], on any device."""
+    return weight[ids.long()]
