@@ -1,0 +1,61 @@
+"""Start a worker: load the model, set KV memory aside, attach to the scheduler.
+
+Exit codes: 0 after SIGTERM or SIGINT; 78 when this worker can never serve (a bad model, or the scheduler refuses
+it), so that a supervisor leaves it alone; 2 for bad settings; 1 for everything that a restart may mend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+EXIT_UNUSABLE = 78
+
+
+def check_kernels() -> str | None:
+    """Why `kernels` is not ours, or None. transformers looks for a distribution of that name, which may be
+    installed beside us and, depending on the path, be found first."""
+    home = Path(__file__).resolve().parent.parent / "kernels"
+    spec = importlib.util.find_spec("kernels")
+    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+    if found == home and (home / "cpu" / "build.py").exists():
+        return None
+    owners = importlib.metadata.packages_distributions().get("kernels", ["no distribution"])
+    return (
+        f"the Python package `kernels` is {found or 'missing'} (from {', '.join(owners)}), not Pagoda's own in "
+        f"{home}. Uninstall the other one, or start the worker in an environment without it."
+    )
+
+
+def main() -> int:
+    """Run the worker; returns the exit code."""
+    if (reason := check_kernels()) is not None:
+        print(f"error: {reason}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    from gpu_worker.config import WorkerSettings
+
+    settings = WorkerSettings.load()
+    from gpu_worker.start import StartError, Worker, build
+    from pagoda import logs
+
+    log = logs.setup("worker", settings.log_level)
+    try:
+        worker: Worker = build(settings, log)
+    except StartError as error:
+        log.error("this worker cannot start", reason=str(error))
+        return EXIT_UNUSABLE
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.hub.stop())
+    code = worker.run()
+    log.info("worker ends", code=code)
+    sys.stderr.flush()
+    # A thread that is still in a long kernel must not hold up the end, and there is nothing left to clean up.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

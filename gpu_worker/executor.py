@@ -1,0 +1,121 @@
+"""The thread that works: takes steps in order, runs them on the device, hands out their results."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker import output
+from gpu_worker.metrics import WorkerMetrics
+from gpu_worker.runner import Runner
+from gpu_worker.staging import StepError, Stager
+from pagoda.internal.v1 import worker_pb2
+
+OnResult = Callable[[worker_pb2.StepResult], None]
+OnFailure = Callable[[BaseException], None]
+
+
+@dataclass
+class _Reset:
+    """Stands in the queue between two sessions' steps."""
+
+    epoch: int
+    done: threading.Event
+
+
+class DeviceExecutor:
+    """Runs steps on a device, one at a time. See `hub_client.Executor` for what its callers rely on."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        stager: Stager,
+        metrics: WorkerMetrics,
+        on_result: OnResult,
+        on_failure: OnFailure,
+    ) -> None:
+        """`on_result` and `on_failure` are called from the executor's thread. After a `StepError` the executor
+        waits for the next reset; after any other error its thread has ended."""
+        self._runner, self._stager = runner, stager
+        self._metrics = metrics
+        self._epoch = 0
+        self._on_result, self._on_failure = on_result, on_failure
+        self._queue: queue.SimpleQueue[worker_pb2.Step | _Reset | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+
+    def start(self) -> None:
+        """Start working."""
+        self._thread.start()
+
+    def reset(self, epoch: int) -> None:
+        """Drop what is queued, wait for the step that runs, forget all rows, and go on in `epoch`."""
+        self._drop_queued()
+        reset = _Reset(epoch, threading.Event())
+        self._queue.put(reset)
+        while not reset.done.wait(0.2) and self._thread.is_alive():
+            continue
+
+    def submit(self, step: worker_pb2.Step) -> None:
+        """Queue a step of the current epoch."""
+        self._queue.put(step)
+
+    def close(self, timeout: float) -> None:
+        """Drop what is queued and end the thread; returns after `timeout` seconds in any case."""
+        self._drop_queued()
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    def _drop_queued(self) -> None:
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                return
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        ended = None
+        broken = False
+        while True:
+            waited = self._queue.empty()
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, _Reset):
+                self._stager.clear()
+                self._epoch, ended, broken = item.epoch, None, False
+                item.done.set()
+                continue
+            if broken:
+                continue
+            started = time.perf_counter()
+            idle = started - ended if waited and ended is not None else 0.0
+            try:
+                ended = self._step(item, started, idle)
+            except StepError as error:
+                broken = True
+                self._on_failure(error)
+            except BaseException as error:
+                self._on_failure(error)
+                return
+
+    def _step(self, step: worker_pb2.Step, started: float, idle: float) -> float:
+        """Run one step and report it; returns when the device was done with it."""
+        if step.epoch != self._epoch:
+            raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
+        diff, batch = self._stager.stage(step)
+        staged = time.perf_counter()
+        outputs = self._runner.run(diff, batch)
+        result = output.collect(step.epoch, step.step_id, outputs)
+        ended = time.perf_counter()
+        result.device_us = output.microseconds(ended - started)
+        result.idle_us = output.microseconds(idle)
+        self._on_result(result)
+        reported = time.perf_counter()
+        self._metrics.step(staged - started, ended - staged, reported - ended, idle, len(result.tokens))
+        return ended

@@ -1,0 +1,218 @@
+"""From files to named tensors: safetensors folders here, GGUF in `gguf.py`, random weights in `dummy.py`.
+
+A `WeightSource` hands out each tensor once, checked against the shape that the model expects, and at the end
+says what the files hold that the model has no place for: both are errors, because a model that is nearly
+loaded answers nonsense without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gpu_worker.models.config import ModelConfig, ModelError, read_config
+
+DIGEST_SAMPLES = 64
+DIGEST_SAMPLE_BYTES = 4096
+# Rotary tables that old checkpoints carry; we compute them from the config.
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+class WeightSource(Protocol):
+    """Where a model takes its tensors from, under Hugging Face's names."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, of this shape, in whatever dtype the source has. Raises ModelError."""
+        ...
+
+    def finish(self) -> None:
+        """Raises ModelError when tensors are left that nothing took."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+class StoredWeights:
+    """A `WeightSource` over tensors in files; nothing is read before it is taken."""
+
+    def __init__(self, where: Path, tensors: Mapping[str, Stored], tied: bool) -> None:
+        self._where = where
+        self._left = {n: t for n, t in tensors.items() if not n.endswith(IGNORED_SUFFIXES)}
+        if tied:
+            self._left.pop("lm_head.weight", None)  # some checkpoints store the shared tensor twice
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """See `WeightSource.take`."""
+        stored = self._left.pop(name, None)
+        if stored is None:
+            raise ModelError(f"{self._where}: tensor {name} is missing")
+        if stored.shape != shape:
+            raise ModelError(
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the config asks for {list(shape)}"
+            )
+        try:
+            return stored.read()
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{stored.file}: tensor {name} cannot be read: {error}") from error
+
+    def finish(self) -> None:
+        """See `WeightSource.finish`."""
+        if self._left:
+            name, stored = next(iter(self._left.items()))
+            more = f" (and {len(self._left) - 1} more)" if len(self._left) > 1 else ""
+            raise ModelError(f"{stored.file}: tensor {name} has no place in this architecture{more}")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model as it lies on disk, opened but not read."""
+
+    path: Path
+    config: ModelConfig
+    digest: str
+    vocab_size: int
+    """Ids that the tokenizer knows; what the embedding has beyond is padding."""
+    weights: Callable[[], WeightSource]
+
+
+def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
+    """Look at a Hugging Face folder or a GGUF file.
+
+    Args:
+        path: the folder or file.
+        load_format: "auto" reads the weights that lie there, "dummy" draws them at random.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: it is no model that can be served; the message names what is wrong with which file.
+    """
+    if path.is_dir():
+        config, vocab_size = read_config(path), None
+        vocab_size = min(config.vocab_size, tokenizer_vocab_size(path) or config.vocab_size)
+        files = safetensors_files(path) if load_format == "auto" else []
+        digest = model_digest(config, files)
+
+        def weights() -> WeightSource:
+            return StoredWeights(path, safetensors_index(files), config.tie_embeddings)
+
+    elif path.suffix == ".gguf":
+        from gpu_worker.models.gguf import open_gguf  # costs 0.3 s, and only these files need it
+
+        source = open_gguf(path)
+        config, vocab_size = source.config, source.vocab_size
+        digest = model_digest(config, [path] if load_format == "auto" else [])
+
+        def weights() -> WeightSource:
+            return StoredWeights(path, source.tensors, config.tie_embeddings)
+
+    else:
+        raise ModelError(f"{path} is neither a folder nor a .gguf file")
+    if load_format == "dummy":
+        from gpu_worker.models.dummy import DummyWeights
+
+        def weights() -> WeightSource:
+            return DummyWeights(config, seed)
+
+        digest = f"dummy-{seed}-{digest}"
+    return ModelFiles(path, config, digest, vocab_size, weights)
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: what its index names, else its only file, sorted.
+
+    Raises:
+        ModelError: there is none, the index is broken, or a file that it names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is broken: {error!r}") from error
+        files = [folder / name for name in names]
+        for file in files:
+            if not file.is_file():
+                raise ModelError(f"{file} is missing; {index.name} names it")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no .safetensors file")
+    if len(files) > 1:
+        raise ModelError(f"{folder} holds {len(files)} .safetensors files and no {index.name}")
+    return files
+
+
+def safetensors_index(files: list[Path]) -> dict[str, Stored]:
+    """What tensors the files hold. The files stay mapped, so that reading a tensor copies nothing.
+
+    Raises:
+        ModelError: a file is truncated or no safetensors file, or a name stands in two files.
+    """
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                if name in tensors:
+                    raise ModelError(f"{file}: tensor {name} stands in {tensors[name].file.name} too")
+                shape = tuple(handle.get_slice(name).get_shape())
+                tensors[name] = Stored(file, shape, lambda h=handle, n=name: h.get_tensor(n))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is truncated or no safetensors file: {error}") from error
+    return tensors
+
+
+def tokenizer_vocab_size(folder: Path) -> int | None:
+    """The greatest id in `tokenizer.json` plus one; None without that file.
+
+    Raises:
+        ModelError: the file is no tokenizer.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_bytes())
+        vocab = document["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return 1 + max((*ids, *(int(token["id"]) for token in document.get("added_tokens", ()))))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is no tokenizer: {error!r}") from error
+
+
+def model_digest(config: ModelConfig, files: list[Path]) -> str:
+    """32 hex digits of the config, the files' names and sizes, and samples of their bytes.
+
+    Samples, because hashing every byte of a large model would take longer than loading it; they reach over
+    each whole file, so that two checkpoints of one shape differ.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(config.raw, sort_keys=True, default=str).encode())
+    for file in files:
+        try:
+            size = file.stat().st_size
+            digest.update(f"\0{file.name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                for i in range(DIGEST_SAMPLES):
+                    stream.seek(max(0, (size - DIGEST_SAMPLE_BYTES) * i // (DIGEST_SAMPLES - 1)))
+                    digest.update(stream.read(DIGEST_SAMPLE_BYTES))
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error}") from error
+    return digest.hexdigest()
