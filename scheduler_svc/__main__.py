@@ -1,0 +1,176 @@
+"""`python -m scheduler_svc`: starts the scheduler and serves until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import signal
+import sys
+from typing import Any
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from pagoda import logs
+from pagoda.transport import SERVER_OPTIONS, server_interceptors
+from scheduler_svc import control, session, worker_hub
+from scheduler_svc.config import SchedulerSettings
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.snapshot import WorkerView
+from scheduler_svc.engine import Engine
+from scheduler_svc.metrics import Metrics, MetricsServer, Reading, WorkerReading
+from scheduler_svc.record import Recorder
+
+HOUSEKEEPING_S = 1.0
+READING_EVERY = 10
+GRACE_S = 0.5
+SERVICES = (session.SERVICE, control.SERVICE, worker_hub.SERVICE)
+
+
+class Service:
+    """Everything that one scheduler process runs."""
+
+    def __init__(self, settings: SchedulerSettings, log: structlog.stdlib.BoundLogger) -> None:
+        self._settings = settings
+        self._log = log
+        self._recorder = Recorder(settings.record, settings.core()) if settings.record else None
+        self._metrics = Metrics()
+        self._core = Scheduler(settings.core())
+        self._engine = Engine(self._core, settings.max_waiting, self._metrics, log, self._recorder)
+        self._hub = worker_hub.WorkerHub(self._engine, settings.max_inflight, log)
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._changed = asyncio.Event()
+        self._metrics.read = self._read
+        self._engine.on_change.append(self._changed.set)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises what broke the engine, if something does."""
+        settings = self._settings
+        server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=server_interceptors(settings.token))
+        port = self._add_services(server)
+        metrics = MetricsServer(self._metrics, settings.metrics_host, settings.metrics_port, settings.token)
+        await server.start()
+        host = settings.listen.rsplit(":", 1)[0]
+        self._log.info("listening", grpc=f"{host}:{port}", metrics=f"{settings.metrics_host}:{metrics.port}")
+        tasks = [
+            asyncio.create_task(endless)
+            for endless in (self._hub.watch_heartbeats(), self._keep_house(), self._report_health())
+        ]
+        try:
+            await self._until_told(tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await server.stop(GRACE_S)
+            await metrics.close()
+            if self._recorder is not None:
+                self._recorder.close()
+            self._log.info("ended")
+
+    def _add_services(self, server: grpc.aio.Server) -> int:
+        sessions = session.SchedulerService(self._engine, self._log)
+        controls = control.ControlService(self._engine, sessions)
+        server.add_generic_rpc_handlers((sessions.handler(), controls.handler(), self._hub.handler()))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), server)
+        return int(server.add_insecure_port(self._settings.listen))
+
+    async def _until_told(self, tasks: list[asyncio.Task[None]]) -> None:
+        """Return on SIGTERM or SIGINT; raise when the engine or a task fails."""
+        told = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, told.set)
+        waiting = asyncio.create_task(told.wait())
+        ends: list[asyncio.Future[Any]] = [waiting, self._engine.failed, *tasks]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        for end in ends[1:]:
+            if end.done():
+                await end
+
+    async def _keep_house(self) -> None:
+        """What is done on a timer: flush the record, and take a reading in case a scrape cannot."""
+        for turn in itertools.count():
+            await asyncio.sleep(HOUSEKEEPING_S)
+            if self._recorder is not None:
+                self._recorder.flush()
+            if turn % READING_EVERY == 0:
+                self._metrics.refresh()
+
+    async def _report_health(self) -> None:
+        """The server is healthy as such; the service is once a worker is there to do the work."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set("", status.SERVING)
+        while True:
+            serving = bool(self._engine.workers)
+            await self._health.set(session.SERVICE, status.SERVING if serving else status.NOT_SERVING)
+            await self._changed.wait()
+            self._changed.clear()
+
+    def _read(self) -> Reading:
+        """The gauges and counters now."""
+        stats = self._core.stats
+        return Reading(
+            num_running=self._core.num_running,
+            num_waiting=self._core.num_waiting,
+            workers=[self._read_worker(w) for w in self._engine.snapshot(False, False, 0).workers],
+            prefix_cache=self._settings.prefix_cache,
+            counters={
+                "num_preemptions": stats.num_preemptions,
+                "recomputed_tokens": stats.recomputed_tokens,
+                "prompt_tokens": stats.prompt_tokens,
+                "prompt_tokens_cached": stats.prompt_tokens_cached,
+                "generation_tokens": stats.generation_tokens,
+                "prefix_cache_queries": stats.prefix_cache_queries,
+                "prefix_cache_hits": stats.prefix_cache_hits,
+                "replayed_requests": stats.replayed_requests,
+                "replayed_tokens": stats.replayed_tokens,
+                "requests_cancelled": stats.finished.get("cancelled", 0),
+                "requests_aborted": self._engine.num_aborted,
+            },
+            finished=dict(stats.finished),
+        )
+
+    def _read_worker(self, worker: WorkerView) -> WorkerReading:
+        group = self._hub.groups.get(worker.name)
+        used = worker.num_blocks - worker.num_free_blocks - worker.num_cached_blocks
+        return WorkerReading(
+            name=worker.name,
+            usage=used / worker.num_blocks,
+            waste=worker.kv_waste_ratio,
+            sharing=worker.kv_sharing_ratio,
+            heard=group.heard if group else 0.0,
+            block_size=worker.block_size,
+            num_blocks=worker.num_blocks,
+            num_host_blocks=group.num_host_blocks if group else 0,
+            max_slots=worker.max_slots,
+        )
+
+
+def main() -> None:
+    """Read the configuration and run."""
+    settings = SchedulerSettings.load()
+    settings.check()
+    log = logs.setup("scheduler", settings.log_level)
+    # What exists now lives as long as the process: collections need not look at it again.
+    gc.freeze()
+    try:
+        asyncio.run(_run(settings, log))
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        log.exception("failed", error=str(error))
+        sys.exit(1)
+
+
+async def _run(settings: SchedulerSettings, log: structlog.stdlib.BoundLogger) -> None:
+    await Service(settings, log).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""Plans, results and outputs to messages and back: packed columns, each encoded once.
+
+Columns are copied whole (`extend` and slices run in C); nothing here loops over rows that only decode.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from pagoda.internal.v1 import worker_pb2 as wire
+from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.core.events import (
+    LogprobEntry,
+    NewRow,
+    Plan,
+    RequestEnd,
+    RowEnd,
+    Sampling,
+    SessionOutput,
+    StepDone,
+)
+
+ROW_OPTIONS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "num_logprobs",
+)
+PLAN_COLUMNS = (
+    "released_slots",
+    "copy_src_blocks",
+    "copy_dst_blocks",
+    "append_slots",
+    "append_blocks",
+    "replace_slots",
+    "replace_indexes",
+    "replace_blocks",
+    "slots",
+    "num_tokens",
+)
+
+
+_ROW_ENDS = frozenset(int(end) for end in RowEnd)
+
+
+class BadResult(ValueError):
+    """A worker's result contradicts itself or the model; its session must end."""
+
+
+# ------------------------------------------------------------------------------ towards the workers
+
+
+def encode_step(plan: Plan) -> bytes:
+    """`plan` as a serialized `AttachResponse`; every rank of the group is sent the same bytes."""
+    message = wire.AttachResponse()
+    step = message.step
+    step.epoch = plan.epoch
+    step.step_id = plan.step_id
+    step.num_iterations = plan.num_iterations
+    for name in PLAN_COLUMNS:
+        column = getattr(plan, name)
+        if column:
+            getattr(step, name).extend(column)
+    for row in plan.new_rows:
+        _fill_row(step.new_rows.add(), row)
+    return message.SerializeToString()
+
+
+def _fill_row(message: wire.NewRow, row: NewRow) -> None:
+    message.slot = row.slot
+    if row.parent_slot is not None:
+        message.parent_slot = row.parent_slot
+    message.tokens.extend(row.tokens)
+    message.num_prompt_tokens = row.num_prompt_tokens
+    message.num_computed = row.num_computed
+    message.blocks.extend(row.blocks)
+    message.last_position = row.last_position
+    _fill_sampling(message.sampling, row.sampling)
+
+
+def _fill_sampling(message: wire.RowSampling, sampling: Sampling) -> None:
+    if sampling.temperature:
+        message.temperature = sampling.temperature
+    for name in ROW_OPTIONS:
+        value = getattr(sampling, name)
+        if value is not None:
+            setattr(message, name, value)
+    for token, value in sampling.logit_bias:
+        message.bias_token_ids.append(token)
+        message.bias_values.append(value)
+    message.seed = sampling.seed
+    message.min_tokens = sampling.min_tokens
+    message.stop_token_ids.extend(sampling.stop_token_ids)
+
+
+def decode_result(
+    worker: str, result: wire.StepResult, num_iterations: int, num_sampling: int, vocab_size: int
+) -> StepDone:
+    """The event that `result` is: the answer to a step with so many iterations and sampling rows.
+
+    Raises BadResult when its columns cannot be that.
+    """
+    event = StepDone(
+        worker=worker,
+        epoch=result.epoch,
+        step_id=result.step_id,
+        tokens=result.tokens[:],
+        num_sampled=result.num_sampled[:],
+        ended_rows=result.ended_rows[:],
+        ended_reasons=list(map(int, result.ended_reasons)),
+        logprobs=_decode_logprobs(result.logprobs) if result.HasField("logprobs") else (),
+        device_us=result.device_us,
+        idle_us=result.idle_us,
+    )
+    _check_columns(event, num_iterations, num_sampling, vocab_size)
+    return event
+
+
+def _check_columns(event: StepDone, num_iterations: int, num_sampling: int, vocab_size: int) -> None:
+    """The core reads columns without looking twice, so a worker gone wrong is caught here."""
+    tokens, counts, ended = event.tokens, event.num_sampled, event.ended_rows
+    if counts:
+        if len(counts) != num_sampling or max(counts) > num_iterations:
+            raise BadResult(
+                f"num_sampled has {len(counts)} rows of up to {max(counts)} tokens; "
+                f"the step has {num_sampling} of up to {num_iterations}"
+            )
+        expected = sum(counts)
+    else:
+        expected = num_sampling * num_iterations
+    if len(tokens) != expected:
+        raise BadResult(f"{len(tokens)} tokens came, {expected} were due")
+    if tokens and max(tokens) >= vocab_size:
+        raise BadResult(f"token {max(tokens)} is not below the vocabulary's {vocab_size}")
+    if ended:
+        if len(ended) != len(event.ended_reasons):
+            raise BadResult(f"{len(ended)} ended_rows, {len(event.ended_reasons)} ended_reasons")
+        if any(a >= b for a, b in pairwise(ended)) or ended[-1] >= num_sampling:
+            raise BadResult(f"ended_rows do not ascend below {num_sampling}")
+        if not _ROW_ENDS.issuperset(event.ended_reasons):
+            raise BadResult(f"ended_reasons hold something else than {sorted(_ROW_ENDS)}")
+    if len(event.logprobs) > len(tokens):
+        raise BadResult(f"{len(event.logprobs)} logprobs came for {len(tokens)} tokens")
+
+
+def _decode_logprobs(columns: wire.LogprobColumns) -> tuple[LogprobEntry, ...]:
+    top_ids, top_logprobs = columns.top_ids[:], columns.top_logprobs[:]
+    counts = {len(columns.token_logprobs), len(columns.num_top), len(columns.ranks)}
+    if len(counts) != 1 or sum(columns.num_top) != len(top_ids) or len(top_ids) != len(top_logprobs):
+        raise BadResult("the columns of the logprobs are not parallel")
+    entries = []
+    start = 0
+    for value, rank, count in zip(columns.token_logprobs, columns.ranks, columns.num_top, strict=True):
+        end = start + count
+        entries.append(LogprobEntry(value, rank, tuple(top_ids[start:end]), tuple(top_logprobs[start:end])))
+        start = end
+    return tuple(entries)
+
+
+def tokens_checksum(tokens: Iterable[int]) -> int:
+    """What ranks above 0 send of a step's tokens: CRC-32 over them as little-endian 32-bit words."""
+    words = array("I", tokens)
+    return zlib.crc32(words.tobytes())
+
+
+# ----------------------------------------------------------------------------- towards the sessions
+
+
+def encode_output(
+    outputs: Sequence[SessionOutput], usages: Sequence[RequestEnd], failures: Sequence[pb.RequestFailure]
+) -> bytes:
+    """One serialized `SessionResponse` of all `outputs`, oldest first.
+
+    A gateway that keeps up gets each step's columns as they are; one that is behind gets the same rows
+    merged, one a sample.
+    """
+    message = pb.SessionResponse()
+    columns = message.output
+    if outputs:
+        fill_columns(columns, outputs[0] if len(outputs) == 1 else merge_outputs(outputs))
+    for end in usages:
+        columns.usage_handles.append(end.handle)
+        fill_usage(columns.usages.add(), end)
+    columns.failures.extend(failures)
+    return message.SerializeToString()
+
+
+def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
+    """Put `output` into an empty message."""
+    columns.handles.extend(output.handles)
+    columns.tokens.extend(output.tokens)
+    if output.indexes:
+        columns.indexes.extend(output.indexes)
+    if output.num_tokens:
+        columns.num_tokens.extend(output.num_tokens)
+    if output.ended_rows:
+        columns.ended_rows.extend(output.ended_rows)
+        reasons: Any = output.ended_reasons
+        columns.ended_reasons.extend(reasons)
+    if output.logprob_rows:
+        columns.logprob_rows.extend(output.logprob_rows)
+        for entry in output.logprobs:
+            fill_logprob(columns.logprobs.add(), entry)
+
+
+def fill_logprob(message: pb.TokenLogprob, entry: LogprobEntry) -> None:
+    """Put `entry` into an empty message."""
+    message.logprob = entry.logprob
+    message.rank = entry.rank
+    message.top_ids.extend(entry.top_ids)
+    message.top_logprobs.extend(entry.top_logprobs)
+
+
+def fill_usage(message: pb.Usage, end: RequestEnd) -> None:
+    """Put the counts of `end` into an empty message."""
+    message.prompt_tokens = end.prompt_tokens
+    message.cached_tokens = end.cached_tokens
+    message.completion_tokens = end.completion_tokens
+
+
+class _Row:
+    """What several outputs brought one sample."""
+
+    __slots__ = ("logprobs", "reason", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.reason: int | None = None
+        self.logprobs: list[LogprobEntry] | None = None
+
+
+def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
+    """One output that says what `outputs` say, with one row a sample, in order of first appearance."""
+    rows: dict[tuple[int, int], _Row] = {}
+    for output in outputs:
+        for key, row in split_rows(output):
+            into = rows.setdefault(key, _Row())
+            into.tokens += row.tokens
+            into.reason = into.reason if row.reason is None else row.reason
+            if row.logprobs is not None:
+                into.logprobs = (into.logprobs or []) + row.logprobs
+    merged = SessionOutput(
+        handles=[handle for handle, _ in rows],
+        indexes=[index for _, index in rows],
+        num_tokens=[len(row.tokens) for row in rows.values()],
+    )
+    for i, row in enumerate(rows.values()):
+        merged.tokens += row.tokens
+        if row.reason is not None:
+            merged.ended_rows.append(i)
+            merged.ended_reasons.append(row.reason)
+        if row.logprobs is not None:
+            merged.logprob_rows.append(i)
+            merged.logprobs += row.logprobs
+    return merged
+
+
+def split_rows(output: SessionOutput) -> list[tuple[tuple[int, int], _Row]]:
+    """The rows of `output`, each with its (handle, index)."""
+    reasons = dict(zip(output.ended_rows, output.ended_reasons, strict=True))
+    with_logprobs = set(output.logprob_rows)
+    rows = []
+    token = entry = 0
+    for i, handle in enumerate(output.handles):
+        row = _Row()
+        count = output.num_tokens[i] if output.num_tokens else 1
+        row.tokens = output.tokens[token : token + count]
+        row.reason = reasons.get(i)
+        if i in with_logprobs:
+            row.logprobs = output.logprobs[entry : entry + count]
+            entry += count
+        token += count
+        rows.append(((handle, output.indexes[i] if output.indexes else 0), row))
+    return rows

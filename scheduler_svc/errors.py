@@ -1,0 +1,134 @@
+"""What callers are told when something is wrong.
+
+SchedulerError                 every error that has a status for the caller
+├── InvalidRequest             INVALID_ARGUMENT     names the field
+├── DuplicateRequest           ALREADY_EXISTS       the request_id is waiting or running
+├── QueueFull                  RESOURCE_EXHAUSTED   says when to try again
+├── NoWorker                   UNAVAILABLE          nothing has ever attached
+├── RequestFailed              INTERNAL             it was accepted and then failed
+└── HelloRefused               FAILED_PRECONDITION  lists what differs; the worker exits for good
+
+Every one travels as a gRPC status with `google.rpc` details, or as a `RequestFailure` of a session.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2, message
+from google.rpc import error_details_pb2, status_pb2
+
+from pagoda.v1 import scheduler_pb2 as pb
+
+
+class SchedulerError(Exception):
+    """An error with a status for the caller. `field` and `retry_after_ms` are set where they apply."""
+
+    code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    field: str = ""
+    retry_after_ms: int | None = None
+
+    def details(self) -> list[message.Message]:
+        """The `google.rpc` messages that go with the status."""
+        return []
+
+    def failure(self, handle: int) -> pb.RequestFailure:
+        """This error as a session's column entry."""
+        return pb.RequestFailure(
+            handle=handle,
+            code=self.code.value[0],
+            message=str(self),
+            field=self.field,
+            retry_after_ms=self.retry_after_ms,
+        )
+
+
+class InvalidRequest(SchedulerError):
+    """A field of the request is wrong."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+    def details(self) -> list[message.Message]:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.problem)
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
+
+
+class DuplicateRequest(SchedulerError):
+    """A request of this id is waiting or running."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+    field = "request_id"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id: {request_id!r} is waiting or running already; choose another")
+        self.request_id = request_id
+
+    def details(self) -> list[message.Message]:
+        return [error_details_pb2.ResourceInfo(resource_type="request", resource_name=self.request_id)]
+
+
+class QueueFull(SchedulerError):
+    """The waiting queue is at its bound."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, num_waiting: int, retry_after_ms: int = 1000) -> None:
+        super().__init__(f"{num_waiting} requests are waiting, which is the bound; try again later")
+        self.retry_after_ms = retry_after_ms
+
+    def details(self) -> list[message.Message]:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(self.retry_after_ms or 0)
+        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+
+
+class NoWorker(SchedulerError):
+    """No worker has attached yet, so that the model is not known."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    retry_after_ms = 1000
+
+    def __init__(self) -> None:
+        super().__init__("no worker has attached yet; try again when one has loaded the model")
+
+
+class RequestFailed(SchedulerError):
+    """A request was accepted and failed later."""
+
+
+class HelloRefused(SchedulerError):
+    """A worker does not fit this cluster. `violations` are (subject, what differs)."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+    def __init__(self, violations: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{subject}: {problem}" for subject, problem in violations))
+        self.violations = violations
+
+    def details(self) -> list[message.Message]:
+        violation = error_details_pb2.PreconditionFailure.Violation
+        listed = [violation(type="HELLO", subject=s, description=d) for s, d in self.violations]
+        return [error_details_pb2.PreconditionFailure(violations=listed)]
+
+
+def to_status(error: SchedulerError) -> status_pb2.Status:
+    """The rich status of an error."""
+    packed = []
+    for detail in error.details():
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=error.code.value[0], message=str(error), details=packed)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError) -> NoReturn:
+    """End a call with the status of `error`."""
+    details = (("grpc-status-details-bin", to_status(error).SerializeToString()),)
+    await context.abort(error.code, str(error), details)
+    raise AssertionError("abort returned")

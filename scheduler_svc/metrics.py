@@ -1,0 +1,286 @@
+"""The scheduler's metrics: vLLM's names after the colon, and a few that users of every engine ask for.
+
+Counters and gauges are read from the core when they are scraped, on the engine's loop, so that an idle
+engine shows nothing stale and a step pays nothing for them. Should the loop be stuck, the last reading is
+served, and `last_progress_timestamp_seconds` tells. Only histograms are fed as things happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hmac
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+import msgspec
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
+
+from scheduler_svc.core.events import Plan, RequestEnd
+
+PREFIX = "pagoda:"
+ENGINE = "scheduler"  # the `engine` label of what belongs to no one worker group
+SCRAPE_TIMEOUT_S = 1.0
+
+_FINE = (0.00025, 0.0005, 0.001, 0.0025, 0.005)
+_LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_STEP = (0.00005, 0.0001, *_FINE, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ITERATION = (1, *(8 << i for i in range(12)))
+_PREEMPTIONS = (0, 1, 2, 3, 5, 10, 20, 50)
+
+
+class WorkerReading(msgspec.Struct):
+    """One worker group at the moment of a reading."""
+
+    name: str
+    usage: float
+    waste: float
+    sharing: float
+    heard: float  # of the monotonic clock
+    block_size: int
+    num_blocks: int
+    num_host_blocks: int
+    max_slots: int
+
+
+class Reading(msgspec.Struct):
+    """The gauges and counters at one moment. `counters` are by metric name."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    workers: list[WorkerReading] = []
+    prefix_cache: bool = True
+    counters: dict[str, int] = {}
+    finished: dict[str, int] = {}
+
+
+_COUNTERS = {
+    "num_preemptions": "Requests preempted.",
+    "recomputed_tokens": "Tokens whose KV was computed again after a preemption or a worker's death.",
+    "prompt_tokens": "Prompt tokens of admitted requests.",
+    "prompt_tokens_cached": "Prompt tokens that the prefix cache had.",
+    "generation_tokens": "Tokens generated.",
+    "prefix_cache_queries": "Tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Tokens found in the prefix cache.",
+    "replayed_requests": "Requests that went back to the queue when their worker died.",
+    "replayed_tokens": "Output tokens that such requests had already.",
+    "requests_cancelled": "Requests ended by their client or by Abort.",
+    "requests_aborted": "Requests or samples ended by Abort.",
+}
+
+
+class Metrics:
+    """All metrics of this process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.read: Callable[[], Reading] = Reading
+        self.last_reading = Reading()
+        self._loop = asyncio.get_running_loop()
+        self._model = ""
+        self._rejections: dict[str, int] = {}
+        self._last_progress = time.time()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(self)
+        self._histograms = {
+            name: Histogram(
+                PREFIX + name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry
+            )
+            for name, text, buckets in (
+                ("request_queue_time_seconds", "From arrival to admission.", _FINE + _LATENCY),
+                ("request_prefill_time_seconds", "From admission to the first token.", _FINE + _LATENCY),
+                ("request_decode_time_seconds", "From the first token to the last.", _FINE + _LATENCY),
+                ("request_inference_time_seconds", "From admission to the last token.", _FINE + _LATENCY),
+                ("request_num_preemptions", "Preemptions of a request.", _PREEMPTIONS),
+                ("iteration_tokens_total", "Tokens that go into one iteration.", _ITERATION),
+                ("device_idle_seconds", "How long a worker's device waited for a step.", _STEP),
+            )
+        }
+        self._step = Histogram(
+            PREFIX + "step_seconds",
+            "Where a step's time goes: plan, the part of the wire that is not hidden, gpu, output.",
+            ["model_name", "engine", "part"],
+            buckets=_STEP,
+            registry=self.registry,
+        )
+        self.set_model("")
+
+    def set_model(self, name: str) -> None:
+        """Name the model in the labels. Children are bound here, so that no step looks up a label."""
+        if name != self._model:
+            for histogram in (*self._histograms.values(), self._step):
+                histogram.clear()
+        self._model = name
+        bound = {key: h.labels(name, ENGINE) for key, h in self._histograms.items()}
+        self._queue_time = bound["request_queue_time_seconds"].observe
+        self._prefill_time = bound["request_prefill_time_seconds"].observe
+        self._decode_time = bound["request_decode_time_seconds"].observe
+        self._inference_time = bound["request_inference_time_seconds"].observe
+        self._preemptions = bound["request_num_preemptions"].observe
+        self._iteration_tokens = bound["iteration_tokens_total"].observe
+        self._idle = bound["device_idle_seconds"].observe
+        parts = {part: self._step.labels(name, ENGINE, part).observe for part in _PARTS}
+        self._plan_part, self._wire_part = parts["plan"], parts["wire"]
+        self._gpu_part, self._output_part = parts["gpu"], parts["output"]
+
+    # -------------------------------------------------------------------------- as things happen
+
+    def planned(self, plan: Plan) -> None:
+        """A step was planned."""
+        self._iteration_tokens(sum(plan.num_tokens) if plan.num_tokens else len(plan.slots))
+
+    def turn(self, plan_s: float, output_s: float) -> None:
+        """The engine made a turn: time until the plans were out, and then until the outputs were."""
+        self._plan_part(plan_s)
+        self._output_part(output_s)
+
+    def step(self, wire_s: float, gpu_s: float, idle_s: float) -> None:
+        """A worker answered a step."""
+        self._wire_part(wire_s)
+        self._gpu_part(gpu_s)
+        self._idle(idle_s)
+
+    def progress(self) -> None:
+        """A result was applied."""
+        self._last_progress = time.time()
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused; `reason` is one of a fixed few."""
+        self._rejections[reason] = self._rejections.get(reason, 0) + 1
+
+    def request_ended(self, end: RequestEnd) -> None:
+        """A request is over."""
+        self._preemptions(end.num_preemptions)
+        if end.first_scheduled is None:
+            return
+        self._queue_time(end.first_scheduled - end.arrived)
+        if end.first_token is None:
+            return
+        self._prefill_time(end.first_token - end.first_scheduled)
+        last = end.ended if end.last_token is None else end.last_token
+        self._decode_time(last - end.first_token)
+        self._inference_time(last - end.first_scheduled)
+
+    # ------------------------------------------------------------------------- when they are read
+
+    def refresh(self) -> None:
+        """Take a reading; on the loop."""
+        self.last_reading = self.read()
+
+    async def _refresh(self) -> None:
+        self.refresh()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: keeps the registry from collecting while it registers."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by a scrape, in a thread of its own."""
+        future = asyncio.run_coroutine_threadsafe(self._refresh(), self._loop)
+        concurrent.futures.wait([future], timeout=SCRAPE_TIMEOUT_S)
+        reading = self.last_reading
+        labels = [self._model, ENGINE]
+        for name, text in _COUNTERS.items():
+            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
+            counter.add_metric(labels, reading.counters.get(name, 0))
+            yield counter
+        yield self._by_label("request_success", "finished_reason", reading.finished)
+        yield self._by_label("admission_rejections", "reason", dict(self._rejections))
+        yield self._gauge("num_requests_running", "Requests that hold slots.", reading.num_running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", reading.num_waiting)
+        # "deferred" waits for a worker to come back, "capacity" for room on one.
+        deferred = 0 if reading.workers else reading.num_waiting
+        waiting = GaugeMetricFamily(
+            PREFIX + "num_requests_waiting_by_reason",
+            "Requests in the queue, by what they wait for.",
+            labels=["model_name", "engine", "reason"],
+        )
+        waiting.add_metric([*labels, "capacity"], reading.num_waiting - deferred)
+        waiting.add_metric([*labels, "deferred"], deferred)
+        yield waiting
+        yield self._gauge(
+            "last_progress_timestamp_seconds", "When a worker's result was last applied.", self._last_progress
+        )
+        yield self._gauge("num_workers", "Worker groups attached.", len(reading.workers))
+        yield from self._worker_gauges(reading)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
+        gauge.add_metric([self._model, ENGINE], value)
+        return gauge
+
+    def _by_label(self, name: str, label: str, values: dict[str, int]) -> Metric:
+        counter = CounterMetricFamily(
+            PREFIX + name, f"Requests by {label}.", labels=["model_name", "engine", label]
+        )
+        for value, count in values.items():
+            counter.add_metric([self._model, ENGINE, value], count)
+        return counter
+
+    def _worker_gauges(self, reading: Reading) -> Iterator[Metric]:
+        now = time.monotonic()
+        gauges: tuple[tuple[str, str, Callable[[WorkerReading], float]], ...] = (
+            ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all.", lambda w: w.usage),
+            ("kv_waste_ratio", "Allocated minus used token slots, over allocated.", lambda w: w.waste),
+            ("kv_sharing_ratio", "Blocks saved by sharing over blocks referenced.", lambda w: w.sharing),
+            ("worker_last_heard_seconds", "Time since the worker was last heard.", lambda w: now - w.heard),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
+            for worker in reading.workers:
+                gauge.add_metric([self._model, worker.name], value(worker))
+            yield gauge
+        info = InfoMetricFamily(
+            PREFIX + "cache_config", "The KV cache of a worker group.", labels=["model_name", "engine"]
+        )
+        for worker in reading.workers:
+            info.add_metric([self._model, worker.name], _cache_config(worker, reading.prefix_cache))
+        yield info
+
+
+_PARTS = ("plan", "wire", "gpu", "output")
+
+
+def _cache_config(worker: WorkerReading, prefix_cache: bool) -> dict[str, str]:
+    return {
+        "block_size": str(worker.block_size),
+        "num_gpu_blocks": str(worker.num_blocks),
+        "num_cpu_blocks": str(worker.num_host_blocks),
+        "enable_prefix_caching": str(prefix_cache),
+        "max_slots": str(worker.max_slots),
+    }
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Scrapes are not worth a log line each."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+class MetricsServer:
+    """Serves /metrics from a thread; asks for the bearer token when there is one."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int, token: str) -> None:
+        self._app: Any = make_wsgi_app(metrics.registry)
+        self._expected = f"Bearer {token}".encode() if token else b""
+        self._server = make_server(host, port, self._serve, ThreadingWSGIServer, _QuietHandler)
+        self.port: int = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
+
+    def _serve(self, environ: dict[str, Any], start_response: Any) -> Any:
+        given = str(environ.get("HTTP_AUTHORIZATION", "")).encode()
+        if self._expected and not hmac.compare_digest(given, self._expected):
+            start_response("401 Unauthorized", [("Content-Type", "text/plain")])
+            return [b"a bearer token is needed\n"]
+        return self._app(environ, start_response)
+
+    async def close(self) -> None:
+        """Stop serving."""
+        await asyncio.to_thread(self._server.shutdown)
+        self._server.server_close()

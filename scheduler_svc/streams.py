@@ -1,0 +1,54 @@
+"""A long-lived stream: its two halves run until the peer leaves or we cut it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+
+
+# What `read` returns once the peer has said all that it will. The stubs lack it.
+END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+class StreamCut:
+    """Ends one stream from elsewhere, with a status that says why. The first reason counts."""
+
+    def __init__(self) -> None:
+        self._future: asyncio.Future[tuple[grpc.StatusCode, str]] = asyncio.get_running_loop().create_future()
+
+    def cut(self, code: grpc.StatusCode, reason: str) -> None:
+        """End the stream; returns at once."""
+        if not self._future.done():
+            self._future.set_result((code, reason))
+
+    @property
+    def reason(self) -> str:
+        """Why the stream was cut; empty while it lives."""
+        return self._future.result()[1] if self._future.done() else ""
+
+    async def run(
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        *halves: Coroutine[Any, Any, None],
+    ) -> None:
+        """Run `halves` until one of them returns or `cut` is called. Aborts the call if it was cut."""
+        tasks = [asyncio.create_task(half) for half in halves]
+        try:
+            ends: list[asyncio.Future[Any]] = [*tasks, self._future]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if self._future.done():
+            code, reason = self._future.result()
+            await context.abort(code, reason)
+        for result in results:
+            # A peer that leaves in the middle of a read or a write is an end like any other.
+            lost = isinstance(result, (asyncio.CancelledError, grpc.RpcError, grpc.aio.UsageError))
+            if isinstance(result, BaseException) and not lost:
+                raise result

@@ -1,0 +1,210 @@
+"""Checks of what callers send, field by field, before anything reaches the core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.core.events import Resumed, Sampling
+from scheduler_svc.errors import InvalidRequest
+
+MAX_REQUEST_ID_BYTES = 128
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+
+# Why a request of (prompt tokens, n, max_tokens) can never fit, or None.
+Refusal = Callable[[int, int, int], str | None]
+
+
+class ServedModel(msgspec.Struct, frozen=True):
+    """What every worker of the cluster holds, and what requests are checked against."""
+
+    name: str
+    digest: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    max_stop_ids: int
+    device: str = ""  # for people
+    dtype: str = ""  # for people
+
+
+class CheckedRequest(msgspec.Struct, frozen=True):
+    """A request whose every field is in range, with defaults filled in."""
+
+    prompt: tuple[int, ...]
+    n: int
+    max_tokens: int
+    sampling: Sampling
+    priority: int
+    cache_salt: str
+    resume: tuple[Resumed, ...]
+
+
+def check_request(
+    request: pb.GenerateTokensRequest, model: ServedModel, max_slots: int, refusal: Refusal, seed: int
+) -> CheckedRequest:
+    """The request as the core takes it; `seed` is used where the caller gave none.
+
+    Raises InvalidRequest, which names the field.
+    """
+    if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
+        raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_BYTES} bytes")
+    prompt = tuple(request.prompt_token_ids)
+    if not prompt:
+        raise InvalidRequest("prompt_token_ids", "is empty; at least one token is needed")
+    _check_ids("prompt_token_ids", prompt, model.vocab_size)
+    if len(prompt) >= model.max_model_len:
+        raise InvalidRequest(
+            "prompt_token_ids",
+            f"has {len(prompt)} tokens; the model's context of {model.max_model_len} must hold them "
+            "and at least one of output",
+        )
+    params = request.sampling
+    n = params.n if params.HasField("n") else 1
+    if not 1 <= n <= max_slots:
+        raise InvalidRequest("sampling.n", f"is {n}; must be from 1 to {max_slots}")
+    max_tokens = _max_tokens(params, len(prompt), n, model.max_model_len, refusal)
+    return CheckedRequest(
+        prompt=prompt,
+        n=n,
+        max_tokens=max_tokens,
+        sampling=_sampling(params, model, max_tokens, seed),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+        resume=_resume(request, n, max_tokens, model),
+    )
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(field, f"holds {largest}; token ids are below {vocab_size}")
+
+
+def _max_tokens(
+    params: pb.SamplingParams, num_prompt: int, n: int, max_model_len: int, refusal: Refusal
+) -> int:
+    """Output tokens of a sample: what the caller asked for, or as many as context and cache can hold."""
+    room = max_model_len - num_prompt
+    if params.HasField("max_tokens"):
+        if params.max_tokens < 1:
+            raise InvalidRequest("sampling.max_tokens", "is 0; must be at least 1")
+        max_tokens = min(params.max_tokens, room)
+    else:
+        max_tokens = _largest_that_fits(room, lambda count: refusal(num_prompt, n, count) is None)
+    why = refusal(num_prompt, n, max_tokens)
+    if why is not None:
+        raise InvalidRequest("sampling.n" if n > 1 else "sampling.max_tokens", why)
+    return max_tokens
+
+
+def _largest_that_fits(room: int, fits: Callable[[int], bool]) -> int:
+    """The largest count from 1 to `room` for which `fits`; 1 when none does."""
+    if fits(room):
+        return room
+    low, high = 1, room
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _number(params: pb.SamplingParams, name: str, low: float, high: float, off: float) -> float | None:
+    """A field within [low, high]; None where it is absent or has the value that changes nothing."""
+    if not params.HasField(name):  # type: ignore[arg-type]
+        return None
+    value = float(getattr(params, name))
+    if not (low <= value <= high and math.isfinite(value)):
+        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number from {low:g}"
+        raise InvalidRequest(f"sampling.{name}", f"is {value:g}; must be {bounds}")
+    return None if value == off else value
+
+
+def _above_zero(field: str, value: float | None) -> float | None:
+    if value == 0:
+        raise InvalidRequest(field, "is 0; must be above 0")
+    return value
+
+
+def _top_k(params: pb.SamplingParams, vocab_size: int) -> int | None:
+    if not params.HasField("top_k"):
+        return None
+    if params.top_k < 1:
+        raise InvalidRequest("sampling.top_k", "is 0; must be at least 1, or absent for all")
+    return params.top_k if params.top_k < vocab_size else None
+
+
+def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, seed: int) -> Sampling:
+    temperature = _number(params, "temperature", 0, math.inf, math.nan)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            "sampling.min_tokens", f"is {params.min_tokens}; must be at most the {max_tokens} of max_tokens"
+        )
+    if params.HasField("logprobs") and params.logprobs > MAX_LOGPROBS:
+        raise InvalidRequest("sampling.logprobs", f"is {params.logprobs}; must be from 0 to {MAX_LOGPROBS}")
+    return Sampling(
+        temperature=1.0 if temperature is None else temperature,
+        top_k=_top_k(params, model.vocab_size),
+        top_p=_above_zero("sampling.top_p", _number(params, "top_p", 0, 1, 1)),
+        min_p=_number(params, "min_p", 0, 1, 0),
+        presence_penalty=_number(params, "presence_penalty", -2, 2, 0),
+        frequency_penalty=_number(params, "frequency_penalty", -2, 2, 0),
+        repetition_penalty=_above_zero(
+            "sampling.repetition_penalty", _number(params, "repetition_penalty", 0, math.inf, 1)
+        ),
+        logit_bias=_logit_bias(params, model.vocab_size),
+        seed=params.seed if params.HasField("seed") else seed,
+        min_tokens=params.min_tokens,
+        stop_token_ids=_stop_ids(params, model),
+        num_logprobs=params.logprobs if params.HasField("logprobs") else None,
+    )
+
+
+def _logit_bias(params: pb.SamplingParams, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
+        raise InvalidRequest(
+            "sampling.logit_bias", f"has {len(params.logit_bias)} entries; at most {MAX_LOGIT_BIAS}"
+        )
+    _check_ids("sampling.logit_bias", params.logit_bias, vocab_size)
+    # A proto map has no order of its own: sorted, the same request is the same event.
+    bias = tuple(sorted(params.logit_bias.items()))
+    for token, value in bias:
+        if not math.isfinite(value):
+            raise InvalidRequest("sampling.logit_bias", f"is {value} for token {token}; must be finite")
+    return bias
+
+
+def _stop_ids(params: pb.SamplingParams, model: ServedModel) -> tuple[int, ...]:
+    """The caller's stop ids, and EOS unless it is ignored."""
+    given: Any = params.stop_token_ids
+    _check_ids("sampling.stop_token_ids", given, model.vocab_size)
+    eos = () if params.ignore_eos else model.eos_token_ids
+    stops = tuple(dict.fromkeys([*eos, *given]))
+    if len(stops) > model.max_stop_ids:
+        raise InvalidRequest(
+            "sampling.stop_token_ids",
+            f"makes {len(stops)} stop ids, EOS included; a row holds at most {model.max_stop_ids}",
+        )
+    return stops
+
+
+def _resume(
+    request: pb.GenerateTokensRequest, n: int, max_tokens: int, model: ServedModel
+) -> tuple[Resumed, ...]:
+    if not request.resume:
+        return ()
+    if len(request.resume) != n:
+        raise InvalidRequest("resume", f"has {len(request.resume)} samples; n is {n}")
+    samples = tuple(Resumed(tuple(sample.token_ids), sample.finished) for sample in request.resume)
+    for i, sample in enumerate(samples):
+        _check_ids(f"resume[{i}].token_ids", sample.tokens, model.vocab_size)
+        if len(sample.tokens) > max_tokens:
+            raise InvalidRequest(
+                f"resume[{i}].token_ids", f"has {len(sample.tokens)} tokens; max_tokens is {max_tokens}"
+            )
+    return samples
