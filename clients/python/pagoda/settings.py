@@ -8,14 +8,23 @@ TOML file named by `--config` or `PAGODA_CONFIG` (`[scheduler]`). An unknown key
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+# One file may configure every service, so a section that none of them has is a typing error.
+SECTIONS = frozenset({"gateway", "scheduler", "worker"})
 
 
 class ServiceSettings(BaseSettings):
@@ -26,7 +35,9 @@ class ServiceSettings(BaseSettings):
 
     token: str = Field("", description="Shared secret that callers present as a bearer token.")
     insecure: bool = Field(False, description="Allow an address other than loopback without a token.")
-    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged."
+    )
 
     @classmethod
     def load(cls, argv: list[str] | None = None, **defaults: Any) -> Self:
@@ -35,25 +46,15 @@ class ServiceSettings(BaseSettings):
         config, argv = _take_option(argv, "--config", os.environ.get("PAGODA_CONFIG"))
         print_config = "--print-config" in argv
         argv = [a for a in argv if a != "--print-config"]
-        prefix = f"PAGODA_{cls.section.upper()}_"
+        known = set(cls.model_fields)
         values = dict(defaults)
         if config:
-            values.update(_read_section(Path(config), cls.section))
-        values.update(_read_environment(prefix, set(cls.model_fields)))
+            values.update(_read_section(Path(config), cls.section, known))
         if "PAGODA_TOKEN" in os.environ:
-            values.setdefault("token", os.environ["PAGODA_TOKEN"])
-        source = CliSettingsSource[Any](
-            cls,
-            cli_prog_name=f"python -m {cls.__module__.split('.')[0]}",
-            cli_kebab_case=True,
-            cli_implicit_flags="toggle",
-            cli_hide_none_type=True,
-            cli_avoid_json=True,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+            values["token"] = os.environ["PAGODA_TOKEN"]
+        values.update(_read_environment(f"PAGODA_{cls.section.upper()}_", known))
         try:
-            flags = source(args=argv)()
-            settings = cls(**{**values, **flags})
+            settings = cls(**{**values, **cls._read_flags(argv)})
         except ValidationError as error:
             _fail("\n".join(f"{_flag(e['loc'])}: {e['msg']}" for e in error.errors()))
         if print_config:
@@ -62,7 +63,34 @@ class ServiceSettings(BaseSettings):
         return settings
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+    def _read_flags(cls, argv: list[str]) -> dict[str, Any]:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {cls.__module__.split('.')[0]}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+            epilog=f"--config FILE reads [{cls.section}] of a TOML file; --print-config shows what counts "
+            f"and exits. Every flag is also a variable PAGODA_{cls.section.upper()}_NAME. "
+            "Flags beat variables, variables beat the file.",
+        )
+        source = CliSettingsSource[Any](
+            cls,
+            root_parser=parser,
+            cli_kebab_case=True,
+            cli_implicit_flags="dual",
+            cli_hide_none_type=True,
+            cli_avoid_json=True,
+        )
+        return source(args=argv)()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what `load` gathered counts, so that precedence is written in one place."""
         return (init_settings,)
 
@@ -71,15 +99,28 @@ def check_listen(name: str, address: str, token: str, insecure: bool) -> None:
     """Refuse to serve strangers by accident.
 
     Raises:
-        SystemExit: `address` (host:port or host) is not loopback, and there is neither a token nor `--insecure`.
+        SystemExit: `address` (host:port or host) is not loopback, and there is no token and no `--insecure`.
     """
-    host = address.rsplit(":", 1)[0].strip("[]") if ":" in address else address
-    loopback = host in ("localhost", "::1") or host.startswith("127.") or address.startswith("unix:")
-    if not (loopback or token or insecure):
+    if not (_is_local(address) or token or insecure):
         _fail(
             f"{name}: {address} can be reached from other machines. "
             "Set a token (--token or PAGODA_TOKEN), or allow it without one (--insecure)."
         )
+
+
+def _is_local(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    if address.startswith("["):
+        host = address[1:].split("]", 1)[0]
+    else:  # more than one colon and no brackets is an IPv6 address without a port
+        host = address.split(":", 1)[0] if address.count(":") == 1 else address
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _fail(message: str) -> NoReturn:
@@ -93,22 +134,30 @@ def _flag(location: tuple[Any, ...]) -> str:
 
 def _take_option(argv: list[str], name: str, default: str | None) -> tuple[str | None, list[str]]:
     for i, arg in enumerate(argv):
-        if arg == name and i + 1 < len(argv):
+        if arg == name:
+            if i + 1 == len(argv):
+                _fail(f"{name} needs a value")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
         if arg.startswith(name + "="):
             return arg.split("=", 1)[1], argv[:i] + argv[i + 1 :]
     return default, argv
 
 
-def _read_section(path: Path, section: str) -> dict[str, Any]:
+def _read_section(path: Path, section: str, known: set[str]) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text())
     except OSError as error:
         _fail(f"--config: cannot read {path}: {error.strerror}")
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         _fail(f"--config: {path}: {error}")
-    values = document.get(section, {})
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    for name, content in document.items():
+        if name not in SECTIONS | {section} or not isinstance(content, dict):
+            _fail(f"--config: {path}: {name!r} is not a section; there are {', '.join(sorted(SECTIONS))}")
+    values = {key.replace("-", "_"): value for key, value in document.get(section, {}).items()}
+    for key in values:
+        if key not in known:
+            _fail(f"--config: {path}: [{section}] has no setting {key!r}; --help lists them")
+    return values
 
 
 def _read_environment(prefix: str, known: set[str]) -> dict[str, str]:

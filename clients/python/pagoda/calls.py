@@ -1,0 +1,336 @@
+"""What the two clients share: building a request, following its answer, deciding about retries.
+
+Nothing here does I/O, so that the synchronous and the asyncio client differ only in how they wait.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+from pagoda.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PagodaError,
+    Unavailable,
+)
+from pagoda.transport import CHANNEL_OPTIONS, bearer
+from pagoda.types import Chunk, Completion, Messages, Model, Options, Prompt, Sample, TokenLogprob, Usage
+from pagoda.v1 import inference_pb2 as pb
+from pagoda.v1 import scheduler_pb2 as spb
+
+DEFAULT_URL = "127.0.0.1:8001"
+BACKOFF_FACTOR = 3.0
+MAX_BACKOFF_S = 5.0
+MAX_RETRY_AFTER_S = 60.0
+
+_ON_REQUEST = frozenset(
+    {
+        "model",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "request_id",
+        "priority",
+        "cache_salt",
+    }
+)
+_ON_SAMPLING = frozenset(field.name for field in spb.SamplingParams.DESCRIPTOR.fields)
+_ELSEWHERE = frozenset({"stop", "continue_final_message", "timeout"})
+_FINISH_REASONS: dict[int, str | None] = {
+    spb.FINISH_REASON_UNSPECIFIED: None,
+    spb.FINISH_REASON_STOP: "stop",
+    spb.FINISH_REASON_LENGTH: "length",
+    spb.FINISH_REASON_CANCELLED: "cancelled",
+    spb.FINISH_REASON_ERROR: "error",
+}
+
+
+def target_of(url: str) -> tuple[str, bool]:
+    """The gRPC target that `url` means, and whether it wants TLS (`https://` or `grpcs://`)."""
+    scheme, found, rest = url.partition("://")
+    if not found or scheme == "unix":
+        return url, False
+    if scheme not in ("http", "https", "grpc", "grpcs"):
+        raise InvalidRequest(f"url: {url!r} is not http, https, grpc or grpcs", field="url")
+    return rest.rstrip("/"), scheme.endswith("s")
+
+
+def open_channel(url: str, module: Any = grpc) -> Any:
+    """A channel to `url`; `module` is `grpc` or `grpc.aio`."""
+    target, tls = target_of(url)
+    if tls:
+        return module.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
+    return module.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+def metadata_for(token: str | None) -> tuple[tuple[str, str], ...]:
+    """Call metadata for `token`; without one, for PAGODA_TOKEN."""
+    return bearer(os.environ.get("PAGODA_TOKEN", "") if token is None else token)
+
+
+def build_request(prompt: Prompt | None, messages: Messages | None, options: Options) -> pb.GenerateRequest:
+    """The message for a prompt (text or token ids) or a chat, with its options.
+
+    A request id is made where none is given, and a seed: so a retry is the same request, and draws the same.
+
+    Raises:
+        TypeError: an option has no such name.
+        InvalidRequest: a value does not fit its field.
+    """
+    unknown = set(options) - _ON_REQUEST - _ON_SAMPLING - _ELSEWHERE
+    if unknown:
+        raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+    request = pb.GenerateRequest()
+    if messages is not None:
+        fill_chat(request.chat, messages)
+        continues = options.get("continue_final_message", False)
+        _set(request.chat, "continue_final_message", continues)
+    elif isinstance(prompt, str):
+        _set(request, "text", prompt)
+    else:
+        request.token_ids.SetInParent()
+        _extend(request.token_ids.ids, prompt or (), "token_ids")
+    stop = options.get("stop", ())
+    _extend(request.stop, [stop] if isinstance(stop, str) else stop, "stop")
+    for name, value in options.items():
+        if value is None or name in _ELSEWHERE:
+            continue
+        if name in _ON_REQUEST:
+            _set(request, name, value)
+        else:
+            _set_sampling(request.sampling, name, value)
+    if not request.request_id:
+        request.request_id = uuid.uuid4().hex
+    if not request.sampling.HasField("seed"):
+        request.sampling.seed = secrets.randbits(63)
+    return request
+
+
+def fill_chat(chat: pb.Chat, messages: Messages) -> None:
+    """Put `messages` into `chat`."""
+    for i, message in enumerate(messages):
+        turn = chat.messages.add()
+        _set(turn, "role", message.get("role", ""), f"chat.messages[{i}].role")
+        _set(turn, "content", message.get("content", ""), f"chat.messages[{i}].content")
+
+
+def tokenize_request(text: str | Messages, model: str) -> pb.TokenizeRequest:
+    """The message that asks for the token ids of a text or a chat."""
+    request = pb.TokenizeRequest(model=model)
+    if isinstance(text, str):
+        _set(request, "text", text)
+    else:
+        fill_chat(request.chat, text)
+    return request
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a sequence is a chat rather than token ids."""
+    return not isinstance(value, str) and bool(value) and isinstance(value[0], Mapping)
+
+
+def split_item(item: Any, common: Options) -> tuple[Prompt | None, Messages | None, Options]:
+    """One item of a batch: a prompt, a chat, or a mapping with `prompt` or `messages` and its own options."""
+    if isinstance(item, Mapping):
+        own: dict[str, Any] = {**common, **item}
+        prompt, messages = own.pop("prompt", None), own.pop("messages", None)
+        if (prompt is None) == (messages is None):
+            raise InvalidRequest("a batch item has either a prompt or messages", field="prompt")
+        return prompt, messages, own  # type: ignore[return-value]  # build_request checks the names
+    if is_messages(item):
+        return None, item, common
+    return item, None, common
+
+
+def model_of(info: spb.ModelInfo) -> Model:
+    """The dataclass for a message."""
+    return Model(
+        name=info.name,
+        vocab_size=info.vocab_size,
+        max_model_len=info.max_model_len,
+        eos_token_ids=tuple(info.eos_token_ids),
+        digest=info.digest,
+        device=info.device,
+        dtype=info.dtype,
+    )
+
+
+class Deadline:
+    """A point in time by which a call, all its tries included, must be over."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+
+    def remaining(self) -> float | None:
+        """Seconds left, None when there is no limit.
+
+        Raises:
+            DeadlineExceeded: none are left.
+        """
+        if self._end is None:
+            return None
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the time allowed for this call is over")
+        return left
+
+
+class Retries:
+    """How often and after which wait a failed call is tried again."""
+
+    def __init__(self, max_retries: int, backoff_s: float, deadline: Deadline) -> None:
+        self._max_retries, self._backoff_s, self._deadline = max_retries, backoff_s, deadline
+        self._failures = 0
+        self._before: PagodaError | None = None
+
+    def progressed(self) -> None:
+        """The call gained something, so its failures so far no longer count."""
+        self._failures = 0
+
+    def delay_after(self, error: PagodaError) -> float:
+        """Seconds to wait before the next try.
+
+        Raises:
+            PagodaError: `error` itself, when there is no next try.
+        """
+        self._failures += 1
+        # The server may not have noticed yet that the stream of the try before this one broke.
+        own_ghost = isinstance(error, AlreadyExists) and self._before is not None
+        passing = isinstance(error, Unavailable | Overloaded) or own_ghost
+        if self._before is not None and isinstance(error, InvalidRequest) and error.field == "resume":
+            raise self._before  # a server that takes up no request again: what interrupted it is the reason
+        if not passing or self._failures > self._max_retries:
+            raise error
+        self._before = error
+        delay = min(self._backoff_s * BACKOFF_FACTOR ** (self._failures - 1), MAX_BACKOFF_S)
+        delay *= random.uniform(0.8, 1.2)
+        asked = getattr(error, "retry_after", None)
+        if asked is not None:
+            delay = max(asked, 0.0)
+        left = self._deadline.remaining()
+        if delay > MAX_RETRY_AFTER_S or (left is not None and delay >= left):
+            raise error
+        return delay
+
+
+class Progress:
+    """What has come of one request so far, and so what a retry need not ask for again."""
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self._request = request
+        self._samples = [_SampleProgress() for _ in range(max(request.sampling.n, 1))]
+        self._usage: Usage | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the request runs, the same for all tries."""
+        return self._request.request_id
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.finish_reason for sample in self._samples)
+
+    def next_request(self) -> pb.GenerateRequest:
+        """The request to send now: as it was, with the tokens that have come."""
+        request = pb.GenerateRequest()
+        request.CopyFrom(self._request)
+        if any(sample.token_ids or sample.finish_reason for sample in self._samples):
+            for sample in self._samples:
+                request.resume.add(token_ids=sample.token_ids, finished=bool(sample.finish_reason))
+        return request
+
+    def accept(self, response: pb.GenerateResponse) -> Chunk:
+        """Take what came, and hand it on."""
+        logprobs = tuple(
+            TokenLogprob(token, lp.logprob, lp.rank, tuple(zip(lp.top_ids, lp.top_logprobs, strict=True)))
+            for token, lp in zip(response.token_ids, response.logprobs, strict=False)
+        )
+        usage = None
+        if response.HasField("usage"):
+            u = response.usage
+            usage = self._usage = Usage(u.prompt_tokens, u.cached_tokens, u.completion_tokens)
+        chunk = Chunk(
+            index=response.index,
+            text=response.text,
+            token_ids=tuple(response.token_ids),
+            logprobs=logprobs,
+            finish_reason=_FINISH_REASONS.get(response.finish_reason, "error"),
+            stop_reason=response.stop_reason or None,
+            usage=usage,
+        )
+        self._samples[chunk.index].add(chunk)
+        return chunk
+
+    def completion(self) -> Completion:
+        """Everything that has come."""
+        samples = tuple(sample.result(i) for i, sample in enumerate(self._samples))
+        return Completion(self.request_id, samples, self._usage)
+
+
+class _SampleProgress:
+    """One sample's share of a `Progress`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self.texts.append(chunk.text)
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs)
+        self.finish_reason = chunk.finish_reason or self.finish_reason
+        self.stop_reason = chunk.stop_reason or self.stop_reason
+
+    def result(self, index: int) -> Sample:
+        return Sample(
+            index=index,
+            text="".join(self.texts),
+            token_ids=tuple(self.token_ids),
+            logprobs=tuple(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+def _set_sampling(sampling: spb.SamplingParams, name: str, value: Any) -> None:
+    if name == "logit_bias":
+        try:
+            for token, bias in dict(value).items():
+                sampling.logit_bias[int(token)] = bias
+        except (TypeError, ValueError) as error:
+            _refuse("sampling.logit_bias", error)
+    elif name == "stop_token_ids":
+        _extend(sampling.stop_token_ids, value, "sampling.stop_token_ids")
+    else:
+        _set(sampling, name, value, f"sampling.{name}")
+
+
+def _set(message: Any, name: str, value: Any, field: str | None = None) -> None:
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        _refuse(field or name, error)
+
+
+def _extend(repeated: Any, values: Sequence[Any], field: str) -> None:
+    try:
+        repeated.extend(values)
+    except (TypeError, ValueError) as error:
+        _refuse(field, error)
+
+
+def _refuse(field: str, error: Exception) -> NoReturn:
+    raise InvalidRequest(f"{field}: {error}", field=field) from error
