@@ -1,0 +1,279 @@
+"""One request on its way: tokens come in from the session, text comes out.
+
+Text is made the moment tokens arrive, whether or not anybody can take it yet, so that a stop string ends a
+sample at once even for a client that reads one byte a second. What waits is text, and max_tokens bounds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway_svc.errors import GatewayError
+from gateway_svc.metrics import Metrics
+from gateway_svc.text.detokenize import Detokenizer, TokenBytes
+from gateway_svc.text.stops import StopMatcher
+from pagoda.v1 import scheduler_pb2 as pb
+
+STOP = int(pb.FINISH_REASON_STOP)
+NOT_ENDED = int(pb.FINISH_REASON_UNSPECIFIED)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """One prompt, in tokens, and how to continue it. `sampling` has its seed and n set."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: pb.SamplingParams
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new of one sample."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[pb.TokenLogprob]
+
+
+class Sample:
+    """One continuation of the prompt.
+
+    `token_ids` is all of its output, which is what a resubmission after a lost scheduler needs. The token
+    that completes a stop string is the last one that counts.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_logprobs",
+        "_matcher",
+        "_num_taken",
+        "_spec",
+        "_text",
+        "finish_reason",
+        "generation",
+        "has_news",
+        "index",
+        "last_token_at",
+        "stop_reason",
+        "token_ids",
+    )
+
+    def __init__(self, generation: Generation, index: int, table: TokenBytes) -> None:
+        spec = generation.spec
+        self.generation = generation
+        self.index = index
+        self.token_ids: list[int] = []
+        self.finish_reason = NOT_ENDED
+        self.stop_reason: str | int | None = None
+        self.last_token_at = 0.0
+        self.has_news = False
+        self._spec = spec
+        self._detokenizer = Detokenizer(table)
+        self._matcher = StopMatcher(spec.stop, spec.include_stop) if spec.stop else None
+        self._text: list[str] = []
+        self._logprobs: list[pb.TokenLogprob] = []
+        self._num_taken = 0
+
+    def feed(self, token_ids: list[int], logprobs: Sequence[pb.TokenLogprob], reason: int) -> bool:
+        """Take new tokens, and the reason if they are the last. True if a stop string ended the sample."""
+        if self.finish_reason != NOT_ENDED:
+            return False  # tokens that were on their way when a stop string was seen
+        # The token that the scheduler stopped at (EOS or a stop id) counts, but is not text.
+        is_stop_id = reason == STOP and bool(token_ids)
+        textual = token_ids[:-1] if is_stop_id and not self._spec.include_stop else token_ids
+        if self._matcher is None:
+            text = self._detokenizer.feed(textual)
+            if text:
+                self._text.append(text)
+        else:
+            used = self._feed_matcher(self._matcher, textual)
+            if self._matcher.matched is not None:
+                self.token_ids += token_ids[:used]
+                self._logprobs += logprobs[:used]
+                self.finish_reason, self.stop_reason = STOP, self._matcher.matched
+                return reason == NOT_ENDED
+        self.token_ids += token_ids
+        self._logprobs += logprobs
+        if reason != NOT_ENDED:
+            self._end(reason)
+        return False
+
+    def take(self) -> Delta:
+        """What is new since the last call."""
+        delta = Delta("".join(self._text), self.token_ids[self._num_taken :], self._logprobs)
+        self._text = []
+        self._logprobs = []
+        self._num_taken = len(self.token_ids)
+        self.has_news = False
+        return delta
+
+    def _feed_matcher(self, matcher: StopMatcher, token_ids: Sequence[int]) -> int:
+        """Token by token, because the usage depends on which of them completes a stop string."""
+        for used, token_id in enumerate(token_ids, start=1):
+            text = matcher.feed(self._detokenizer.feed((token_id,)))
+            if text:
+                self._text.append(text)
+            if matcher.matched is not None:
+                return used
+        return len(token_ids)
+
+    def _end(self, reason: int) -> None:
+        self.finish_reason = reason
+        rest = self._detokenizer.flush()
+        if self._matcher is not None:
+            rest = self._matcher.feed(rest) + self._matcher.flush()
+            self.stop_reason = self._matcher.matched
+        if rest:
+            self._text.append(rest)
+        if reason == STOP and self.token_ids and self.token_ids[-1] in self._spec.sampling.stop_token_ids:
+            self.stop_reason = self.token_ids[-1]
+
+
+class Generation:
+    """One prompt with its samples. The link calls the `on_` methods; `job` is told of what is new."""
+
+    def __init__(self, spec: GenerationSpec, table: TokenBytes, job: Job) -> None:
+        self.spec = spec
+        self.job = job
+        self.samples = [Sample(self, i, table) for i in range(spec.sampling.n)]
+        self.usage: pb.Usage | None = None
+        self.first_token_at: float | None = None
+        self.ended = False
+
+    def request(self) -> pb.GenerateTokensRequest:
+        """The request as the scheduler takes it, with the output that is there already, if any."""
+        spec = self.spec
+        request = pb.GenerateTokensRequest(
+            request_id=spec.request_id,
+            prompt_token_ids=spec.prompt,
+            sampling=spec.sampling,
+            priority=spec.priority,
+            cache_salt=spec.cache_salt,
+        )
+        if self.first_token_at is not None:
+            request.resume.extend(
+                pb.ResumedSample(token_ids=sample.token_ids, finished=sample.finish_reason != NOT_ENDED)
+                for sample in self.samples
+            )
+        return request
+
+    def on_row(
+        self, index: int, token_ids: list[int], logprobs: Sequence[pb.TokenLogprob], reason: int, now: float
+    ) -> bool:
+        """New tokens of one sample. Whether a stop string ended it, so that the scheduler must be told."""
+        sample = self.samples[index]
+        if token_ids:
+            if self.first_token_at is None:
+                self.first_token_at = now
+                self.job.metrics.time_to_first_token.observe(now - self.job.arrived_at)
+            elif sample.last_token_at:
+                interval = (now - sample.last_token_at) / len(token_ids)
+                self.job.metrics.inter_token_latency.add(interval, len(token_ids))
+            sample.last_token_at = now
+        stopped = sample.feed(token_ids, logprobs, reason)
+        self.job.on_news(sample)
+        return stopped
+
+    def on_usage(self, usage: pb.Usage) -> None:
+        """Everything has ended."""
+        self.usage = usage
+        self._end()
+
+    def on_failure(self, error: GatewayError) -> None:
+        """The request was refused, failed, or lost its scheduler."""
+        self.job.error = self.job.error or error
+        self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        self.job.on_end()
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens of all samples."""
+        return sum(len(sample.token_ids) for sample in self.samples)
+
+
+class Job:
+    """What one client asked for: one generation for each prompt, and what has come for whom.
+
+    One task waits on a job. It is woken for new text if it streams, else only when everything has ended.
+    """
+
+    def __init__(self, metrics: Metrics, arrived_at: float, streams: bool) -> None:
+        self.metrics = metrics
+        self.arrived_at = arrived_at
+        self.streams = streams
+        self.generations: list[Generation] = []
+        self.error: GatewayError | None = None  # the first one of a generation
+        self.cancelled = False
+        self._num_open = 0
+        self._news: list[Sample] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples, prompt by prompt: a sample's place is its index in an OpenAI response."""
+        return [sample for generation in self.generations for sample in generation.samples]
+
+    def add(self, generation: Generation) -> None:
+        """A generation is on its way."""
+        self.generations.append(generation)
+        self._num_open += 1
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more comes."""
+        return self.cancelled or self._num_open == 0
+
+    @property
+    def has_news(self) -> bool:
+        """A sample has something new."""
+        return bool(self._news)
+
+    async def next(self) -> list[Sample]:
+        """The samples that have news, as soon as there are any; none when everything has ended.
+
+        Raises:
+            GatewayError: a generation was refused or failed.
+        """
+        while not self._news or not self.streams:
+            if self.error is not None:
+                raise self.error
+            if self.ended:
+                break
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        news, self._news = self._news, []
+        return news
+
+    def on_news(self, sample: Sample) -> None:
+        """`sample` has new text or has ended."""
+        if not sample.has_news:
+            sample.has_news = True
+            self._news.append(sample)
+        if self.streams:
+            self._wake()
+
+    def on_end(self) -> None:
+        """A generation has ended."""
+        self._num_open -= 1
+        if self.streams or self.error is not None or self.ended:
+            self._wake()
+
+    def cancel(self) -> None:
+        """The client has left: nothing more is delivered."""
+        self.cancelled = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

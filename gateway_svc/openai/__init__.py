@@ -1,0 +1,1 @@
+"""The HTTP door: the OpenAI routes and what operators ask for."""

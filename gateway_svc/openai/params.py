@@ -1,0 +1,143 @@
+"""Bodies to sampling parameters, and what this version does not do yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway_svc.errors import InvalidField, NotSupported
+from gateway_svc.gateway import check_stops, new_seed
+from gateway_svc.generation import GenerationSpec
+from gateway_svc.openai.schema import UINT32_MAX, ChatMessage, ChatRequest, CompletionRequest, SamplingBody
+from gateway_svc.text.tokenizer import RESERVED_VARIABLES, Message
+from pagoda.v1 import scheduler_pb2 as pb
+
+DEFAULT_COMPLETION_TOKENS = 16
+_COPIED = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "min_tokens",
+)
+
+
+def check_supported(body: SamplingBody) -> None:
+    """Raises NotSupported for what later versions do."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise NotSupported("response_format", "only the type 'text' is")
+    if body.structured_outputs:
+        raise NotSupported("structured_outputs")
+    if body.use_beam_search:
+        raise NotSupported("use_beam_search", "leave it out, or sample with n")
+    if body.prompt_logprobs is not None:
+        raise NotSupported("prompt_logprobs")
+    if isinstance(body, ChatRequest) and body.tool_choice != "none":
+        if body.tools:
+            raise NotSupported("tools", "leave them out, or set tool_choice to 'none'")
+        if body.tool_choice not in (None, "auto"):
+            raise NotSupported("tool_choice", "only 'none' and 'auto' without tools are")
+    if isinstance(body, CompletionRequest):
+        if body.suffix:
+            raise NotSupported("suffix")
+        if body.best_of is not None and body.best_of != body.n:
+            raise InvalidField("best_of", f"is {body.best_of}; only the value of n, {body.n}, is supported")
+
+
+def sampling_of(body: SamplingBody) -> pb.SamplingParams:
+    """The sampling parameters, with a seed. What is absent in the body is absent here."""
+    sampling = pb.SamplingParams(n=body.n, ignore_eos=body.ignore_eos)
+    for name in _COPIED:
+        value = getattr(body, name)
+        if value is not None:
+            setattr(sampling, name, value)
+    if body.top_k is not None and body.top_k > 0:
+        sampling.top_k = body.top_k
+    sampling.seed = new_seed() if body.seed is None else body.seed % 2**64
+    sampling.stop_token_ids.extend(body.stop_token_ids or ())
+    for token, bias in (body.logit_bias or {}).items():
+        if not (token.isascii() and token.isdigit() and int(token) <= UINT32_MAX):
+            raise InvalidField("logit_bias", f"has the key {token[:32]!r}; keys are token ids")
+        sampling.logit_bias[int(token)] = bias
+    max_tokens, logprobs = max_tokens_of(body), _logprobs_of(body)
+    if max_tokens is not None:
+        sampling.max_tokens = max_tokens
+        if sampling.min_tokens > max_tokens:
+            raise InvalidField("min_tokens", f"is {sampling.min_tokens}, but max_tokens is {max_tokens}")
+    if logprobs is not None:
+        sampling.logprobs = logprobs
+    return sampling
+
+
+def max_tokens_of(body: SamplingBody) -> int | None:
+    """The most output tokens; None is as many as fit."""
+    if isinstance(body, ChatRequest):
+        return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+
+
+def _logprobs_of(body: SamplingBody) -> int | None:
+    """Alternatives to report for each token; None is no logprobs at all."""
+    if isinstance(body, ChatRequest):
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidField("top_logprobs", "needs logprobs to be true")
+        return (body.top_logprobs or 0) if body.logprobs else None
+    return body.logprobs if isinstance(body, CompletionRequest) else None
+
+
+def spec_of(
+    body: SamplingBody, sampling: pb.SamplingParams, prompt: list[int], request_id: str
+) -> GenerationSpec:
+    """One prompt's request."""
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return GenerationSpec(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=sampling,
+        stop=check_stops(stops),
+        include_stop=body.include_stop_str_in_output,
+        skip_special=body.skip_special_tokens,
+        priority=body.priority,
+        cache_salt=body.cache_salt or "",
+    )
+
+
+def messages_of(messages: list[ChatMessage]) -> list[Message]:
+    """Messages as templates take them: content is a string; parts are joined by line breaks."""
+    plain = []
+    for message in messages:
+        fields = message.model_dump(exclude_none=True)
+        if isinstance(message.content, list):
+            fields["content"] = "\n".join(part.text for part in message.content)
+        fields.setdefault("content", "")
+        plain.append(fields)
+    return plain
+
+
+def template_options(body: Any, trust_template: bool) -> dict[str, Any]:
+    """How to render a chat, from the body of a chat or of /tokenize.
+
+    Raises:
+        InvalidField: the options contradict each other, or bring a template that is not trusted.
+    """
+    if body.chat_template is not None and not trust_template:
+        problem = "templates are not taken from requests; --trust-request-chat-template allows them"
+        raise InvalidField("chat_template", problem)
+    generate = body.add_generation_prompt
+    if body.continue_final_message:
+        if generate and "add_generation_prompt" in body.model_fields_set:
+            problem = "cannot be true together with add_generation_prompt"
+            raise InvalidField("continue_final_message", problem)
+        generate = False
+    variables = body.chat_template_kwargs or {}
+    reserved = sorted(RESERVED_VARIABLES & variables.keys())
+    if reserved:
+        raise InvalidField("chat_template_kwargs", f"cannot set {', '.join(reserved)}")
+    return {
+        "add_generation_prompt": generate,
+        "continue_final_message": body.continue_final_message,
+        "chat_template": body.chat_template,
+        "variables": variables,
+        "add_special_tokens": bool(body.add_special_tokens),
+    }

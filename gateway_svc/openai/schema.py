@@ -1,0 +1,141 @@
+"""What clients send over HTTP, and the checks that need no model. Unknown fields are ignored.
+
+Types are strict ("5" is not 5): a wrong type or range is a 400 that names the field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway_svc.gateway import MAX_REQUEST_ID_BYTES, MAX_SAMPLES
+
+UINT32_MAX = 2**32 - 1
+INT32_MAX = 2**31 - 1
+MAX_PROMPTS = MAX_SAMPLES
+MAX_LOGPROBS = 20
+
+TokenId = Annotated[int, Field(ge=0, le=UINT32_MAX)]
+
+
+class Body(BaseModel):
+    """Every request body."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class StreamOptions(Body):
+    """How a stream looks."""
+
+    include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
+
+
+class ResponseFormat(Body):
+    """Only `text` for now."""
+
+    type: str
+
+
+class SamplingBody(Body):
+    """What chat and text completions have in common."""
+
+    model: str | None = Field(None, description="Absent is the model that is served.")
+    n: int = Field(1, ge=1, le=128, description="Samples of each prompt.")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; default 1.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 keep all.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    logit_bias: dict[str, float] | None = Field(None, description="Token ids, as strings, to what is added.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    min_tokens: int | None = Field(None, ge=0, le=INT32_MAX)
+    stop: str | list[str] | None = Field(None, description="Strings that end a sample.")
+    stop_token_ids: list[TokenId] | None = None
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    priority: int = Field(0, ge=-(2**31), le=INT32_MAX, description="Lower runs first.")
+    request_id: str | None = Field(None, max_length=MAX_REQUEST_ID_BYTES - 8, pattern=r"^[!-~]+$")
+    cache_salt: str | None = Field(None, max_length=1024)
+    return_token_ids: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Default: for text, not for chats.")
+    user: str | None = None
+    # Later versions support these. They are declared so that asking for them is an error, not a surprise.
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    prompt_logprobs: int | None = None
+
+
+class ContentPart(Body):
+    """A part of a message; text is what this version takes."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    """One turn. What else it holds (name, tool_calls, ...) is passed to the template."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+
+
+class ChatFields(Body):
+    """What a chat becomes a prompt with."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatRequest(ChatFields, SamplingBody):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Default: all that fit.")
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class CompletionRequest(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = Field(None, description="Default: for text, not for chats.")
+    return_token_strs: bool | None = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]

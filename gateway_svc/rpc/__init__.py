@@ -1,0 +1,1 @@
+"""The public gRPC door: `pagoda.v1.InferenceService`, health and reflection."""
