@@ -1,7 +1,7 @@
 """Start a worker: load the model, set KV memory aside, attach to the scheduler.
 
-Exit codes: 0 after SIGTERM or SIGINT; 78 when this worker can never serve (a bad model, or the scheduler refuses
-it), so that a supervisor leaves it alone; 2 for bad settings; 1 for everything that a restart may mend.
+Exit codes: 0 after SIGTERM or SIGINT; 78 when this worker can never serve (a bad model, or the scheduler
+refuses it), so that a supervisor leaves it alone; 2 for bad settings; 1 for all that a restart may mend.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def check_kernels() -> str | None:
         return None
     owners = importlib.metadata.packages_distributions().get("kernels", ["no distribution"])
     return (
-        f"the Python package `kernels` is {found or 'missing'} (from {', '.join(owners)}), not Pagoda's own in "
-        f"{home}. Uninstall the other one, or start the worker in an environment without it."
+        f"the Python package `kernels` is {found or 'missing'} (from {', '.join(owners)}), not Pagoda's own "
+        f"in {home}. Uninstall the other one, or start the worker in an environment without it."
     )
 
 
@@ -43,11 +43,13 @@ def main() -> int:
     from pagoda import logs
 
     log = logs.setup("worker", settings.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         worker: Worker = build(settings, log)
     except StartError as error:
         log.error("this worker cannot start", reason=str(error))
-        return EXIT_UNUSABLE
+        return error.code
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.hub.stop())
     code = worker.run()

@@ -17,15 +17,21 @@ class WorkerSettings(ServiceSettings):
 
     scheduler: str = Field("127.0.0.1:50051", description="Address of the scheduler that the worker dials.")
     model: str = Field(EMBEDDED_MODEL, description="Name or path of a folder or GGUF file.")
-    served_model_name: str = Field("", description="Name that clients use; empty: the last part of the model's path.")
+    served_model_name: str = Field(
+        "", description="Name that clients use; empty: the last part of the model's path."
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy draws random weights.")
     seed: int = Field(0, ge=0, lt=2**31, description="Of dummy weights.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="What to run on.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of weights and KV; auto is bfloat16 where the device multiplies it natively."
     )
-    threads: int = Field(0, ge=0, le=64, description="Threads of the CPU kernels; 0: one for each usable core.")
-    group_name: str = Field("", description="Name of this worker group, unique in a cluster; empty: host and pid.")
+    threads: int = Field(
+        0, ge=0, le=64, description="Threads of the CPU kernels; 0: one for each usable core."
+    )
+    group_name: str = Field(
+        "", description="Name of this worker group, unique in a cluster; empty: host and pid."
+    )
     block_size: int = Field(16, ge=16, le=256, multiple_of=16, description="Tokens of one KV block.")
     num_blocks: int = Field(0, ge=0, description="KV blocks; 0: from the memory that is free.")
     max_slots: int = Field(64, ge=1, le=4096, description="Most sequences at a time.")

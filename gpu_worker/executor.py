@@ -13,7 +13,7 @@ import torch
 from gpu_worker import output
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.runner import Runner
-from gpu_worker.staging import StepError, Stager
+from gpu_worker.staging import Stager, StepError
 from pagoda.internal.v1 import worker_pb2
 
 OnResult = Callable[[worker_pb2.StepResult], None]
@@ -39,8 +39,8 @@ class DeviceExecutor:
         on_result: OnResult,
         on_failure: OnFailure,
     ) -> None:
-        """`on_result` and `on_failure` are called from the executor's thread. After a `StepError` the executor
-        waits for the next reset; after any other error its thread has ended."""
+        """`on_result` and `on_failure` are called from the executor's thread. After a `StepError` the
+        executor waits for the next reset; after any other error its thread has ended."""
         self._runner, self._stager = runner, stager
         self._metrics = metrics
         self._epoch = 0

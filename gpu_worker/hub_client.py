@@ -1,8 +1,8 @@
 """The worker's end of the wire: dial the scheduler, say Hello, pass steps in and results out, for ever.
 
 The stream is read in the thread that calls `run`, and written by gRPC's own thread from a queue. Blocking
-gRPC, not asyncio: measured at steps of 8 ms, both bring a step to the executor equally fast, and a thread that
-waits inside gRPC's core needs no turn of an event loop between a message and the executor's queue.
+gRPC, not asyncio: measured at steps of 8 ms, both bring a step to the executor equally fast, and a thread
+that waits inside gRPC's core needs no turn of an event loop between a message and the executor's queue.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import queue
 import random
 import threading
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -60,9 +60,10 @@ class HubClient:
         self._address, self._hello, self._token = address, hello, token
         self._metrics, self._log = metrics, log
         self._results: Outbox | None = None
-        self._call: grpc.Call | None = None
+        self._call: Any = None  # gRPC's type of a stream is private
         self._stopping = threading.Event()
         self._fatal = False
+        self._failures = 0  # to attach, since the last session
 
     def run(self, executor: Executor) -> int:
         """Serve sessions until `stop`, a refusal or a broken executor.
@@ -71,24 +72,24 @@ class HubClient:
             The process's exit code: 0 after `stop`, 78 when the scheduler refuses this worker, 1 after a
             failure of the executor that is not the session's fault.
         """
-        failures = 0
         while not self._stopping.is_set():
             try:
                 self._session(executor)
-                failures = 0
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
                 if code in REFUSALS and not self._fatal:
                     self._log.error("the scheduler refuses this worker", code=code.name, reason=details)
                     return EXIT_REFUSED
                 if not self._stopping.is_set():
-                    say = self._log.warning if failures == 0 else self._log.debug
-                    say("no session with the scheduler", address=self._address, code=code.name, reason=details)
-                failures += 1
+                    say = self._log.debug if self._failures else self._log.warning
+                    say(
+                        "no session with the scheduler", address=self._address, code=code.name, reason=details
+                    )
             if self._fatal:
                 return EXIT_FAILED
             first, most = BACKOFF_S
-            self._stopping.wait(random.uniform(first / 2, min(most, first * 2 ** min(failures, 10))))
+            self._stopping.wait(random.uniform(first / 2, min(most, first * 2**self._failures)))
+            self._failures = min(self._failures + 1, 10)
         return 0
 
     def stop(self) -> None:
@@ -125,14 +126,16 @@ class HubClient:
                 if self._stopping.is_set():
                     return
                 self._receive(call, executor, outbox)
+                self._log.info("the session ended")
             finally:
                 self._results = self._call = None
                 outbox.put(None)
                 call.cancel()
                 self._metrics.session(0)
-                executor.reset(0)
+                if not self._stopping.is_set():
+                    executor.reset(0)
 
-    def _receive(self, call: grpc.Call, executor: Executor, outbox: Outbox) -> None:
+    def _receive(self, call: Any, executor: Executor, outbox: Outbox) -> None:
         epoch = None
         for response in call:
             if response.HasField("step"):
@@ -144,8 +147,11 @@ class HubClient:
                 epoch = response.start.epoch
                 executor.reset(epoch)
                 self._results = outbox
+                self._failures = 0
                 self._metrics.session(epoch)
-                self._log.info("attached", address=self._address, epoch=epoch, depth=response.start.max_inflight)
+                self._log.info(
+                    "attached", address=self._address, epoch=epoch, depth=response.start.max_inflight
+                )
 
     def _requests(self, outbox: Outbox) -> Iterator[worker_pb2.AttachRequest]:
         """What gRPC's writing thread sends: the outbox, and a heartbeat when that is silent."""

@@ -21,7 +21,7 @@ class WorkerMetrics:
         labels = (model_name, group_name)
         step = Histogram(
             "pagoda:worker_step_seconds",
-            "Time of a step: stage (checks and packing), device (diffs, forward, sampling), output (reporting).",
+            "Time of a step: stage (check and pack), device (diffs, forward, sampling), output (report).",
             (*LABELS, "part"),
             buckets=STEP_BUCKETS,
             registry=self.registry,

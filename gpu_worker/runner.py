@@ -42,13 +42,12 @@ class Runner:
 
     def _iterate(self, batch: Batch, outputs: StepOutputs) -> None:
         rows = self._rows
-        hidden = self._model.forward(rows.gather(batch), self._cache)
+        states = self._model.forward(rows.gather(batch))
         rows.advance(batch)
         if not batch.num_logprobs:  # only chunks that end before their prompts do
             return
-        if batch.chunks is not None:
-            hidden = hidden.index_select(0, batch.chunks.sample_index)
-        sampled = self._sample(self._model.logits(hidden), batch)
+        index = None if batch.chunks is None else batch.chunks.sample_index
+        sampled = self._sample(self._model.logits(states, index), batch)
         outputs.drawn.append(rows.accept(batch, sampled))
         outputs.logprobs.append(sampled.logprobs)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntFlag
-
-import numpy as np
+from enum import IntEnum
+from functools import lru_cache
 
 from kernels.sample import GREEDY_BELOW, Features
 from pagoda.internal.v1 import worker_pb2
@@ -18,8 +17,8 @@ INTEGERS = ("top_k", "min_tokens", "num_logprobs")
 FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 
 
-class Trait(IntFlag):
-    """What a row uses; the bits of a batch's rows, or'ed, are its features."""
+class Trait(IntEnum):
+    """What a row uses, as bits; those of a batch's rows, or'ed, are its features."""
 
     RANDOM = 1
     FILTER = 2
@@ -60,7 +59,7 @@ def row_columns(sampling: worker_pb2.RowSampling) -> RowColumns:
     top_p = s.top_p if s.HasField("top_p") else 1.0
     repetition = s.repetition_penalty if s.HasField("repetition_penalty") else 1.0
     num_logprobs = s.num_logprobs if s.HasField("num_logprobs") else -1
-    traits = Trait.RANDOM if s.temperature >= GREEDY_BELOW else Trait(0)
+    traits = int(Trait.RANDOM) if s.temperature >= GREEDY_BELOW else 0
     if s.top_k or s.min_p or top_p < 1.0:
         traits |= Trait.FILTER
     if s.presence_penalty or s.frequency_penalty or repetition != 1.0:
@@ -76,19 +75,19 @@ def row_columns(sampling: worker_pb2.RowSampling) -> RowColumns:
         stop_ids=list(s.stop_token_ids),
         bias_ids=list(s.bias_token_ids),
         bias_values=list(s.bias_values),
-        traits=int(traits),
+        traits=traits,
         num_logprobs=num_logprobs,
     )
 
 
-def features_of(traits: np.ndarray, num_logprobs: np.ndarray) -> Features:
-    """What a batch uses, from the traits and logprob counts of its sampling rows."""
-    bits = int(np.bitwise_or.reduce(traits)) if len(traits) else 0
+@lru_cache
+def features_of(bits: int, max_logprobs: int) -> Features:
+    """What a batch uses, from its sampling rows' traits, or'ed, and their largest number of logprobs."""
     return Features(
         any_random=bool(bits & Trait.RANDOM),
         any_filter=bool(bits & Trait.FILTER),
         any_penalty=bool(bits & Trait.PENALTY),
         any_bias=bool(bits & Trait.BIAS),
         any_min_tokens=bool(bits & Trait.MIN_TOKENS),
-        max_logprobs=int(num_logprobs.max(initial=-1)),
+        max_logprobs=max_logprobs,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.models.layers import ForwardInputs
+from gpu_worker.models.llama import ForwardInputs
 from gpu_worker.sampler import FLOATS, INTEGERS, MAX_BIAS, MAX_STOP_IDS
 from gpu_worker.staging import Batch, Diff, Limits, NewRows
 from kernels.blocks import copy_blocks
@@ -74,9 +74,10 @@ class Rows:
         self.done.index_fill_(0, slots, False)
         columns.seed.index_copy_(0, slots, new.seeds)
         columns.stop_ids.index_copy_(0, slots, new.stop_ids)
-        if new.bias_slots is not None:
-            columns.bias_ids.index_copy_(0, new.bias_slots, new.bias_ids)
-            columns.bias_values.index_copy_(0, new.bias_slots, new.bias_values)
+        if new.biases is not None:
+            biased, ids, values = new.biases
+            columns.bias_ids.index_copy_(0, biased, ids)
+            columns.bias_values.index_copy_(0, biased, values)
         for slot, tokens, blocks in new.contents:
             self.tokens[slot, : len(tokens)].copy_(tokens)
             self.block_tables[slot, : len(blocks)].copy_(blocks)

@@ -1,8 +1,8 @@
 """The host's half of a step: check it, follow its counts, and pack what the device needs into one buffer.
 
 The host keeps only what follows from counts: how many tokens a row has and how many of them are computed, as
-if no row ever stopped early. What was drawn, and whether a row is done, stays on the device and feeds the next
-step there, so that a step can be staged while nobody has read the one before it.
+if no row ever stopped early. What was drawn, and whether a row is done, stays on the device and feeds the
+next step there, so that a step can be staged while nobody has read the one before it.
 """
 
 from __future__ import annotations
@@ -59,12 +59,8 @@ class NewRows:
     """int32[N, MAX_STOP_IDS]."""
     contents: list[tuple[int, torch.Tensor, torch.Tensor]]
     """Slot, tokens and blocks of each row that is no fork."""
-    bias_slots: torch.Tensor | None = None
-    """int64[M], slots whose biases change; None when none do."""
-    bias_ids: torch.Tensor | None = None
-    """int32[M, MAX_BIAS]."""
-    bias_values: torch.Tensor | None = None
-    """float32[M, MAX_BIAS]."""
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Slots whose biases change (int64[M]), the ids and values ([M, MAX_BIAS], int32 and float32)."""
 
 
 @dataclass
@@ -272,24 +268,25 @@ class Stager:
             stop_ids=matrix(stop_ids),
             contents=contents,
         )
-        self._biases(new_rows, slots, columns)
+        new_rows.biases = self._biases(slots, columns)
         return new_rows
 
-    def _biases(self, new_rows: NewRows, slots: list[int], columns: list[RowColumns]) -> None:
-        """Biases are rare and wide, so only rows that have them, or take the place of one that had, write them."""
+    def _biases(
+        self, slots: list[int], columns: list[RowColumns]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Biases are rare and wide: only rows that have them, or follow one that had, write them."""
         biased = self._rows.biased
         changed = [(s, c) for s, c in zip(slots, columns, strict=True) if biased[s] or c.traits & Trait.BIAS]
         if not changed:
-            return
+            return None
         ids = np.full((len(changed), MAX_BIAS), -1, dtype=np.int32)
         values = np.zeros((len(changed), MAX_BIAS), dtype=np.float32)
         for i, (slot, column) in enumerate(changed):
             count = len(column.bias_ids)
             ids[i, :count], values[i, :count] = column.bias_ids, column.bias_values
             biased[slot] = count > 0
-        new_rows.bias_slots = self._staging.put_long([slot for slot, _ in changed])
-        new_rows.bias_ids = self._staging.put_matrix(ids)
-        new_rows.bias_values = self._staging.put_matrix(values)
+        matrix = self._staging.put_matrix
+        return self._staging.put_long([slot for slot, _ in changed]), matrix(ids), matrix(values)
 
     def _table_entries(self, step: worker_pb2.Step) -> tuple[torch.Tensor, torch.Tensor]:
         width, host = self._limits.table_len, self._rows
@@ -317,27 +314,33 @@ class Stager:
 
     def _batch(self, step: worker_pb2.Step, parents: dict[int, int]) -> Batch:
         slots = np.array(step.slots, dtype=np.int64)
-        lengths = np.array(step.num_tokens, dtype=np.int64) if len(step.num_tokens) else None
-        self._check_batch(step, slots, lengths, parents)
-        host, put_long = self._rows, self._staging.put_long
-        if lengths is None or (lengths == 1).all():
+        self._check_batch(step, slots)
+        if not len(step.num_tokens) and not parents:
             return self._decode_batch(step, slots)
+        lengths = np.array(step.num_tokens, dtype=np.int64)
+        self._check_lengths(step, slots, lengths, parents)
+        if (lengths == 1).all():
+            return self._decode_batch(step, slots)
+        return self._ragged_batch(step, slots, lengths, parents)
+
+    def _ragged_batch(
+        self, step: worker_pb2.Step, slots: np.ndarray, lengths: np.ndarray, parents: dict[int, int]
+    ) -> Batch:
+        """Chunks of prompts, decodes and forks, in any order."""
+        host, put_long = self._rows, self._staging.put_long
         forked = lengths == 0
-        parent_of = np.array([parents[s] for s in slots[forked].tolist()], dtype=np.int64)
+        forks = slots[forked]
+        parent_of = np.array([parents[s] for s in forks.tolist()], dtype=np.int64)
         rows, chunk = slots[~forked], lengths[~forked]
         host.num_computed[rows] += chunk
-        samples = host.num_computed[slots] == host.num_tokens[slots]
         last_token = np.zeros(self._limits.max_slots, dtype=np.int64)
         last_token[rows] = np.cumsum(chunk) - 1
-        forks = slots[forked]
-        for name in ("num_tokens", "num_computed", "num_blocks"):
-            counts = getattr(host, name)
-            counts[forks] = counts[parent_of]
-        if (host.num_computed[parent_of] != host.num_tokens[parent_of]).any() or not np.isin(parent_of, rows).all():
+        ready = host.num_computed[parent_of] == host.num_tokens[parent_of]
+        if not (ready & np.isin(parent_of, rows)).all():
             raise StepError("a fork's parent does not sample in this step")
-        last_token[forks] = last_token[parent_of]
-        samples |= forked
-        sampling = slots[samples]
+        for counts in (host.num_tokens, host.num_computed, host.num_blocks, last_token):
+            counts[forks] = counts[parent_of]
+        sampling = slots[host.num_computed[slots] == host.num_tokens[slots]]
         batch = self._sampling_batch(step, int(chunk.sum()), rows, sampling)
         batch.chunks = self._chunks(chunk, last_token[sampling])
         if len(forks):
@@ -348,15 +351,19 @@ class Stager:
     def _decode_batch(self, step: worker_pb2.Step, slots: np.ndarray) -> Batch:
         """Every row takes one token; unless all sample from it, the batch is ragged after all."""
         host, m = self._rows, step.num_iterations
-        samples = host.num_computed[slots] + 1 == host.num_tokens[slots]
-        sampling = slots[samples]
-        batch = self._sampling_batch(step, len(slots), slots, sampling)
-        if len(sampling) < len(slots):
-            if m > 1:
-                raise StepError("a row of a step with more than one iteration does not sample")
+        left = host.num_tokens[slots] - host.num_computed[slots]
+        if (left < 1).any():
+            raise StepError(f"step {step.step_id}: a row has no token left to compute")
+        samples = left == 1
+        if all_sample := bool(samples.all()):
+            batch = self._sampling_batch(step, len(slots), slots, slots)
+        elif m == 1:
+            batch = self._sampling_batch(step, len(slots), slots, slots[samples])
             batch.chunks = self._chunks(np.ones(len(slots), dtype=np.int64), np.flatnonzero(samples))
+        else:
+            raise StepError(f"step {step.step_id}: several iterations, and a row that does not sample")
         host.num_computed[slots] += m
-        host.num_tokens[sampling] += m
+        host.num_tokens[slots if all_sample else slots[samples]] += m
         return batch
 
     def _sampling_batch(
@@ -364,14 +371,16 @@ class Stager:
     ) -> Batch:
         host = self._rows
         slots = self._staging.put_long(rows)
+        num_logprobs = host.num_logprobs[sampling].tolist()
+        traits = int(np.bitwise_or.reduce(host.traits[sampling], initial=0))
         return Batch(
             num_iterations=step.num_iterations,
             num_tokens=num_tokens,
             slots=slots,
-            sample_slots=slots if np.array_equal(sampling, rows) else self._staging.put_long(sampling),
+            sample_slots=slots if sampling is rows else self._staging.put_long(sampling),
             table_width=int(host.num_blocks[rows].max(initial=1)),
-            features=features_of(host.traits[sampling], host.num_logprobs[sampling]),
-            num_logprobs=host.num_logprobs[sampling].tolist(),
+            features=features_of(traits, max(num_logprobs, default=-1)),
+            num_logprobs=num_logprobs,
         )
 
     def _chunks(self, lengths: np.ndarray, sample_index: np.ndarray) -> Chunks:
@@ -404,28 +413,25 @@ class Stager:
             )
         self._check_blocks(row.blocks)
 
-    def _check_batch(
-        self,
-        step: worker_pb2.Step,
-        slots: np.ndarray,
-        lengths: np.ndarray | None,
-        parents: dict[int, int],
-    ) -> None:
-        host, limits = self._rows, self._limits
-        if slots.max(initial=0) >= limits.max_slots or not host.used[slots].all():
+    def _check_batch(self, step: worker_pb2.Step, slots: np.ndarray) -> None:
+        limits = self._limits
+        if slots.max(initial=0) >= limits.max_slots or not self._rows.used[slots].all():
             raise StepError(f"step {step.step_id}: a slot of the batch holds no row")
         if len(set(step.slots)) != len(slots):
             raise StepError(f"step {step.step_id}: a slot stands twice in the batch")
         if not 1 <= step.num_iterations <= limits.max_horizon:
-            raise StepError(f"step {step.step_id}: {step.num_iterations} iterations, at most {limits.max_horizon}")
-        if lengths is None:
-            lengths = np.ones(len(slots), dtype=np.int64)
-        if len(lengths) != len(slots) or lengths.sum() > limits.max_batched_tokens:
+            raise StepError(f"{step.num_iterations} iterations, at most {limits.max_horizon}")
+
+    def _check_lengths(
+        self, step: worker_pb2.Step, slots: np.ndarray, lengths: np.ndarray, parents: dict[int, int]
+    ) -> None:
+        host = self._rows
+        if len(lengths) != len(slots) or lengths.sum() > self._limits.max_batched_tokens:
             raise StepError(f"step {step.step_id}: {lengths.sum()} tokens for {len(slots)} rows do not fit")
         if step.num_iterations > 1 and (lengths != 1).any():
             raise StepError(f"step {step.step_id}: several iterations, and a row that is no decode")
-        if {int(s) for s in slots[lengths == 0]} != set(parents):
+        if set(slots[lengths == 0].tolist()) != set(parents):
             raise StepError(f"step {step.step_id}: the forks are not the rows without tokens")
-        decoded = slots[lengths > 0]
-        if (host.num_computed[decoded] + lengths[lengths > 0] > host.num_tokens[decoded]).any():
+        rows = slots[lengths > 0]
+        if (host.num_computed[rows] + lengths[lengths > 0] > host.num_tokens[rows]).any():
             raise StepError(f"step {step.step_id}: a row has fewer tokens left than its chunk")

@@ -20,6 +20,7 @@ from gpu_worker.hub_client import HubClient
 from gpu_worker.kv_cache import KVCache, block_bytes
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.models.config import ModelConfig, ModelError
+from gpu_worker.models.layers import Placement
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import ModelFiles, open_model
 from gpu_worker.runner import Runner
@@ -35,10 +36,16 @@ MAX_INFLIGHT = 8  # steps that the staging ring can hold beside the one being fi
 KV_SHARE = 0.25
 KV_CAP_BYTES = 4 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXIT_UNUSABLE = 78
+EXIT_RETRY = 1
 
 
 class StartError(Exception):
-    """This worker can never serve as it is configured; the message says why."""
+    """The worker cannot start; the message says why, and `code` whether trying again may help."""
+
+    def __init__(self, message: str, code: int = EXIT_UNUSABLE) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -69,14 +76,14 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         limits = _limits(settings, files.config, dtype, log)
         name = settings.served_model_name or models.served_name(settings.model)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
+        cache = KVCache(files.config, limits.num_blocks, limits.block_size, dtype, device)
         model = Llama(
             files.config,
             files.weights(),
-            dtype=dtype,
-            device=device,
+            cache,
+            Placement(dtype, device),
             vocab_size=files.vocab_size,
             max_len=limits.max_len,
-            max_tokens=limits.max_batched_tokens,
         )
     except (FileNotFoundError, ModelError) as error:
         raise StartError(str(error)) from error
@@ -87,7 +94,6 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
     hello = _hello(settings, files, limits, dtype, name, group)
     hub = HubClient(settings.scheduler, hello, settings.token, metrics, log)
     rows = Rows(limits, device)
-    cache = KVCache(files.config, limits.num_blocks, limits.block_size, dtype, device)
     executor = DeviceExecutor(
         Runner(model, cache, rows),
         Stager(limits, device, num_buffers=MAX_INFLIGHT + 1),
@@ -166,7 +172,7 @@ def _serve_metrics(metrics: WorkerMetrics, port: int) -> None:
     try:
         metrics.serve(port)
     except OSError as error:
-        raise StartError(f"--metrics-port {port}: {error.strerror}") from error
+        raise StartError(f"--metrics-port {port}: {error.strerror}", EXIT_RETRY) from error
 
 
 def _hello(

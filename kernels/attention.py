@@ -158,16 +158,20 @@ def paged_attention_reference(
     group = q.shape[1] // value_cache.shape[1]
     for row, length in enumerate(seq_lens.tolist()):
         queries = q[starts[row] : starts[row + 1]].transpose(0, 1).float()
-        blocks = block_tables[row, : -(-length // block_size)].long()
-        keys = key_cache[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, :length]
-        values = value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
+        # Blocks that left every query's window may hold anything by now.
+        unseen = max(0, length - queries.shape[1] + 1 - (sliding_window or length))
+        first = unseen // block_size * block_size
+        blocks = block_tables[row, first // block_size : -(-length // block_size)].long()
+        seen = slice(unseen - first, length - first)
+        keys = key_cache[blocks].permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)[:, seen]
+        values = value_cache[blocks].transpose(0, 1).flatten(1, 2)[:, seen]
         keys = keys.float().repeat_interleave(group, dim=0)
         values = values.float().repeat_interleave(group, dim=0)
         position = torch.arange(length - queries.shape[1], length, device=q.device).unsqueeze(1)
-        token = torch.arange(length, device=q.device)
-        seen = token <= position
+        token = torch.arange(unseen, length, device=q.device)
+        hidden = token > position
         if sliding_window is not None:
-            seen &= token > position - sliding_window
-        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
+            hidden |= token <= position - sliding_window
+        scores = (queries @ keys.transpose(1, 2) * scale).masked_fill(hidden, float("-inf"))
         out[starts[row] : starts[row + 1]] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
     return out

@@ -53,8 +53,9 @@ class Service:
         port = self._add_services(server)
         metrics = MetricsServer(self._metrics, settings.metrics_host, settings.metrics_port, settings.token)
         await server.start()
-        host = settings.listen.rsplit(":", 1)[0]
-        self._log.info("listening", grpc=f"{host}:{port}", metrics=f"{settings.metrics_host}:{metrics.port}")
+        host, _, given = settings.listen.rpartition(":")
+        address = f"{host}:{port}" if given == "0" else settings.listen
+        self._log.info("listening", grpc=address, metrics=f"{settings.metrics_host}:{metrics.port}")
         tasks = [
             asyncio.create_task(endless)
             for endless in (self._hub.watch_heartbeats(), self._keep_house(), self._report_health())
@@ -77,7 +78,10 @@ class Service:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*SERVICES, health_name, reflection.SERVICE_NAME), server)
-        return int(server.add_insecure_port(self._settings.listen))
+        try:
+            return int(server.add_insecure_port(self._settings.listen))
+        except RuntimeError as error:
+            raise OSError(f"--listen: cannot bind {self._settings.listen}: {error}") from error
 
     async def _until_told(self, tasks: list[asyncio.Task[None]]) -> None:
         """Return on SIGTERM or SIGINT; raise when the engine or a task fails."""

@@ -94,6 +94,7 @@ class Engine:
         self._next_key = 0
         self._next_session = 0
         self._max_slots = 1
+        self._ready = False  # the core has had a worker, so that it can tell what fits
         self._live: dict[str, _Live] = {}  # by request_id
         self._aborted: list[tuple[_Live, int]] = []  # samples that this turn's events abort
 
@@ -147,11 +148,11 @@ class Engine:
         try:
             return self._submit(session, handle, request)
         except SchedulerError as error:
-            self.metrics.rejected(type(error).__name__)
+            self.metrics.rejected(error.reason)
             raise
 
     def _submit(self, session: int, handle: int, request: pb.GenerateTokensRequest) -> int:
-        if self.model is None:
+        if self.model is None or not self._ready:
             raise NoWorker
         request_id = request.request_id or uuid.uuid4().hex
         if request_id in self._live:
@@ -230,13 +231,14 @@ class Engine:
         outputs = self.core.apply(events, now)
         if self._recorder is not None:
             self._recorder.applied(now, events, outputs)
+        self._ready = self._ready or bool(self.core.workers)
         if any(type(event) is StepDone for event in events):
             self.metrics.progress()
         return outputs
 
     def _dispatch(self, now: float) -> None:
-        for worker in self.workers:
-            while True:
+        for worker in list(self.workers):
+            while worker in self.workers:  # sending may cut a worker that does not read
                 plan = self.core.plan(worker, now)
                 if self._recorder is not None:
                     self._recorder.planned(worker, now, plan)

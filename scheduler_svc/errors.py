@@ -24,9 +24,13 @@ from pagoda.v1 import scheduler_pb2 as pb
 
 
 class SchedulerError(Exception):
-    """An error with a status for the caller. `field` and `retry_after_ms` are set where they apply."""
+    """An error with a status for the caller. `field` and `retry_after_ms` are set where they apply.
+
+    `reason` is its name in metrics.
+    """
 
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    reason: str = "internal"
     field: str = ""
     retry_after_ms: int | None = None
 
@@ -49,6 +53,7 @@ class InvalidRequest(SchedulerError):
     """A field of the request is wrong."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "invalid_request"
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -64,6 +69,7 @@ class DuplicateRequest(SchedulerError):
     """A request of this id is waiting or running."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
+    reason = "duplicate_request"
     field = "request_id"
 
     def __init__(self, request_id: str) -> None:
@@ -78,6 +84,7 @@ class QueueFull(SchedulerError):
     """The waiting queue is at its bound."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "queue_full"
 
     def __init__(self, num_waiting: int, retry_after_ms: int = 1000) -> None:
         super().__init__(f"{num_waiting} requests are waiting, which is the bound; try again later")
@@ -93,6 +100,7 @@ class NoWorker(SchedulerError):
     """No worker has attached yet, so that the model is not known."""
 
     code = grpc.StatusCode.UNAVAILABLE
+    reason = "no_worker"
     retry_after_ms = 1000
 
     def __init__(self) -> None:
@@ -107,6 +115,7 @@ class HelloRefused(SchedulerError):
     """A worker does not fit this cluster. `violations` are (subject, what differs)."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "hello_refused"
 
     def __init__(self, violations: list[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{subject}: {problem}" for subject, problem in violations))

@@ -182,7 +182,10 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """Called by a scrape, in a thread of its own."""
         future = asyncio.run_coroutine_threadsafe(self._refresh(), self._loop)
-        concurrent.futures.wait([future], timeout=SCRAPE_TIMEOUT_S)
+        try:
+            future.result(SCRAPE_TIMEOUT_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()  # the loop is stuck: the last reading has to do
         reading = self.last_reading
         labels = [self._model, ENGINE]
         for name, text in _COUNTERS.items():
@@ -269,7 +272,10 @@ class MetricsServer:
     def __init__(self, metrics: Metrics, host: str, port: int, token: str) -> None:
         self._app: Any = make_wsgi_app(metrics.registry)
         self._expected = f"Bearer {token}".encode() if token else b""
-        self._server = make_server(host, port, self._serve, ThreadingWSGIServer, _QuietHandler)
+        try:
+            self._server = make_server(host, port, self._serve, ThreadingWSGIServer, _QuietHandler)
+        except OSError as error:
+            raise OSError(f"--metrics-port: cannot bind {host}:{port}: {error.strerror}") from error
         self.port: int = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 

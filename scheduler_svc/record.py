@@ -1,15 +1,18 @@
 """The event record: everything that went into the core and what came out, and its replay.
 
-A record is a file of frames, each a 32-bit little-endian length and a msgpack value: the header with the
-core's configuration, then every `apply` and every `plan` in the order of the calls. Replaying it needs
-no worker, no model and no clock. It holds prompts as token ids, so only its owner may read it.
+A record is a file of frames, each a length and a CRC-32 (both 32 bits, little-endian) and a msgpack value:
+the header with the core's configuration, then every `apply` and every `plan` in the order of the calls.
+Replaying it needs no worker, no model and no clock. It holds prompts as token ids, so only its owner may
+read it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +25,7 @@ from scheduler_svc.core.scheduler import Scheduler
 
 FORMAT_VERSION = 1
 FLUSH_BYTES = 1 << 20
-_LENGTH = struct.Struct("<I")
+FRAME_HEAD = struct.Struct("<II")  # length and checksum of a frame
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, tag="header"):
@@ -75,7 +78,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
 
 def digest(outputs: Outputs) -> bytes:
     """16 bytes that two equal `Outputs` share."""
-    encoded = msgspec.msgpack.encode(outputs, order="deterministic")
+    encoded = msgspec.msgpack.encode(outputs)  # sessions in the order in which the core came to them
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
@@ -83,8 +86,15 @@ class Recorder:
     """Writes a record. Frames are buffered; `flush` is called from a timer and at the end."""
 
     def __init__(self, path: Path, config: CoreConfig) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.fchmod(descriptor, 0o600)
+        """Raises OSError where the file cannot be written, or is being written by another process."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, 0)
+        except OSError as error:
+            os.close(descriptor)
+            raise OSError(f"--record: cannot write {path}: {error.strerror}") from error
         self._file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=0)
         self._buffer = bytearray()
         self._encoder = msgspec.msgpack.Encoder()
@@ -101,7 +111,7 @@ class Recorder:
 
     def _write(self, frame: Frame) -> None:
         encoded = self._encoder.encode(frame)
-        self._buffer += _LENGTH.pack(len(encoded))
+        self._buffer += FRAME_HEAD.pack(len(encoded), zlib.crc32(encoded))
         self._buffer += encoded
         if len(self._buffer) >= FLUSH_BYTES:
             self.flush()
@@ -122,23 +132,26 @@ class Recorder:
 def read_frames(path: Path) -> Iterator[Frame | None]:
     """The frames of a record; a last None stands for a frame that was cut off.
 
-    Raises BadRecord where the file is something else.
+    Raises BadRecord where the file is something else or damaged.
     """
     decoder = msgspec.msgpack.Decoder(Frame)
+    number = 0
     with path.open("rb") as file:
-        while head := file.read(_LENGTH.size):
-            if len(head) < _LENGTH.size:
+        while head := file.read(FRAME_HEAD.size):
+            body = b""
+            if len(head) == FRAME_HEAD.size:
+                length, checksum = FRAME_HEAD.unpack(head)
+                body = file.read(length)
+            if len(head) < FRAME_HEAD.size or len(body) < length:
                 yield None
                 return
-            (length,) = _LENGTH.unpack(head)
-            body = file.read(length)
-            if len(body) < length:
-                yield None
-                return
+            if zlib.crc32(body) != checksum:
+                raise BadRecord(f"{path}: frame {number} is damaged: its checksum is wrong")
             try:
                 yield decoder.decode(body)
             except msgspec.MsgspecError as error:
-                raise BadRecord(f"{path}: not a record of this version: {error}") from error
+                raise BadRecord(f"{path}: frame {number} is not of this version: {error}") from error
+            number += 1
 
 
 def replay(path: str | Path) -> ReplayReport:

@@ -202,11 +202,12 @@ class SchedulerService:
         log = self._log.bind(client=first.hello.client_name, session=outbox.number)
         log.info("session_opened", peer=context.peer())
         try:
-            await outbox.stream.run(context, self._read(outbox, context), self._write(outbox, context))
+            await outbox.stream.run(self._read(outbox, context), self._write(outbox, context))
         finally:
             del self._gateways[outbox.number]
             outbox.close()
             log.info("session_closed", reason=outbox.stream.reason)
+        await outbox.stream.tell(context)
 
     async def _read(self, outbox: Outbox, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while True:
@@ -247,9 +248,10 @@ class SchedulerService:
                 outbox.submit(0, request)
             except SchedulerError as error:
                 await abort(context, error)
-            await outbox.stream.run(context, self._write_one(outbox, context))
+            await outbox.stream.run(self._write_one(outbox, context))
         finally:
             outbox.close()
+        await outbox.stream.tell(context)
 
     async def _write_one(self, outbox: Outbox, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while True:

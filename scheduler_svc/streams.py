@@ -9,9 +9,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
-
 # What `read` returns once the peer has said all that it will. The stubs lack it.
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+TELL_TIMEOUT_S = 5.0
 
 
 class StreamCut:
@@ -30,12 +32,8 @@ class StreamCut:
         """Why the stream was cut; empty while it lives."""
         return self._future.result()[1] if self._future.done() else ""
 
-    async def run(
-        self,
-        context: grpc.aio.ServicerContext[Any, Any],
-        *halves: Coroutine[Any, Any, None],
-    ) -> None:
-        """Run `halves` until one of them returns or `cut` is called. Aborts the call if it was cut."""
+    async def run(self, *halves: Coroutine[Any, Any, None]) -> None:
+        """Run `halves` until one of them returns or `cut` is called."""
         tasks = [asyncio.create_task(half) for half in halves]
         try:
             ends: list[asyncio.Future[Any]] = [*tasks, self._future]
@@ -44,11 +42,23 @@ class StreamCut:
             for task in tasks:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
-        if self._future.done():
-            code, reason = self._future.result()
-            await context.abort(code, reason)
         for result in results:
             # A peer that leaves in the middle of a read or a write is an end like any other.
             lost = isinstance(result, (asyncio.CancelledError, grpc.RpcError, grpc.aio.UsageError))
             if isinstance(result, BaseException) and not lost:
                 raise result
+
+    async def tell(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Abort the call with its status if it was cut; the last thing that a handler does.
+
+        A status waits behind everything that the peer has not read, so a peer that reads nothing is not
+        waited for long: the call is dropped without it.
+        """
+        if not self._future.done():
+            return
+        code, reason = self._future.result()
+        try:
+            async with asyncio.timeout(TELL_TIMEOUT_S):
+                await context.abort(code, reason)
+        except TimeoutError:
+            return

@@ -114,10 +114,11 @@ class WorkerHub:
             self._log.warning("worker_refused", peer=context.peer(), reason=str(error))
             await abort(context, error)
         try:
-            await rank.stream.run(context, self._read(group, rank, context), rank.write(context))
+            await rank.stream.run(self._read(group, rank, context), rank.write(context))
         finally:
             reason = rank.stream.reason or "the stream ended"
             self._end(group, grpc.StatusCode.ABORTED, f"rank {rank.hello.rank}: {reason}")
+        await rank.stream.tell(context)
 
     async def _read_hello(self, context: grpc.aio.ServicerContext[Any, Any]) -> wire.Hello:
         try:

@@ -62,8 +62,6 @@ class ModelConfig:
     qk_norm: bool
     sliding_windows: tuple[int | None, ...]
     """For each layer: how many tokens it looks back, itself included; None is all."""
-    dtype: torch.dtype = torch.float32
-    """What the weights were made in."""
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -130,7 +128,6 @@ def _from_huggingface(raw: dict[str, Any], generation: dict[str, Any], path: Pat
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         sliding_windows=_sliding_windows(raw, family, num_layers),
-        dtype=_dtype(raw),
         initializer_range=float(raw.get("initializer_range", 0.02)),
         eos_token_ids=_ids(eos),
         raw=raw,
@@ -149,7 +146,9 @@ def check(config: ModelConfig, path: Path) -> ModelConfig:
         if getattr(config, name) < 1:
             raise ModelError(f"{path}: {name} must be at least 1, not {getattr(config, name)}")
     if config.num_heads % config.num_kv_heads:
-        raise ModelError(f"{path}: {config.num_heads} heads do not share {config.num_kv_heads} KV heads evenly")
+        raise ModelError(
+            f"{path}: {config.num_heads} heads do not share {config.num_kv_heads} KV heads evenly"
+        )
     if config.head_dim % 2:
         raise ModelError(f"{path}: head_dim {config.head_dim} is odd")
     return config
@@ -187,14 +186,6 @@ def _sliding_windows(raw: dict[str, Any], family: str, num_layers: int) -> tuple
     if len(kinds) < num_layers:
         raise ValueError(f"layer_types has {len(kinds)} entries for {num_layers} layers")
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds[:num_layers])
-
-
-def _dtype(raw: dict[str, Any]) -> torch.dtype:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(known)}")
-    return known[name]
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ class DummyWeights:
         """Ones for norms, else normal numbers, float32."""
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed((self._seed << 32) | zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
         return torch.empty(shape).normal_(0.0, self._std, generator=generator)
 
     def finish(self) -> None:

@@ -7,6 +7,7 @@ rotation works on neighbours; that is undone here. Llama 3's rope scaling comes 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def open_gguf(path: Path) -> GgufModel:
         if name == ROPE_DIVISORS:
             continue
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[_name(name, path)] = Stored(path, shape, lambda t=tensor: _read(t, config))
+        tensors[_name(name, path)] = Stored(path, shape, partial(_read, tensor, config))
     return GgufModel(config, len(metadata["tokenizer.ggml.tokens"]), metadata, tensors)
 
 
@@ -90,7 +91,7 @@ def _config(metadata: dict[str, Any], stored: dict[str, Any], path: Path) -> Mod
     if (rotated := int(metadata.get(f"{family}.rope.dimension_count", head_dim))) != head_dim:
         raise ModelError(f"{path}: {family}.rope.dimension_count {rotated} is not the head's {head_dim}")
     window = metadata.get(f"{family}.attention.sliding_window")
-    eos = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     config = ModelConfig(
         family=family,
         vocab_size=_vocab_rows(stored, path),
@@ -109,8 +110,7 @@ def _config(metadata: dict[str, Any], stored: dict[str, Any], path: Path) -> Mod
         mlp_bias="blk.0.ffn_gate.bias" in stored,
         qk_norm="blk.0.attn_q_norm.weight" in stored,
         sliding_windows=(int(window) if window else None,) * num_layers,
-        dtype=torch.bfloat16,
-        eos_token_ids=tuple(sorted(int(i) for i in eos)),
+        eos_token_ids=tuple(sorted({int(i) for i in ends if i is not None})),
         raw={k: v for k, v in metadata.items() if not k.startswith("tokenizer.")},
     )
     return check(config, path)

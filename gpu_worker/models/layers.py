@@ -1,4 +1,4 @@
-"""The parts of a Llama-shaped decoder: its working buffers and one layer."""
+"""From a model's named tensors to the layers that the kernels run."""
 
 from __future__ import annotations
 
@@ -7,134 +7,61 @@ from dataclasses import dataclass
 import torch
 
 from gpu_worker.models.config import ModelConfig
-from kernels.attention import paged_attention
-from kernels.linear import PackedLinear, linear, silu_and_mul_linear
-from kernels.norm import head_rms_norm, rms_norm
-from kernels.rope import rope_and_cache
+from gpu_worker.models.loader import WeightSource
+from kernels.layer import Layer
+from kernels.linear import PackedLinear, pack
 
 
 @dataclass(frozen=True)
-class ForwardInputs:
-    """What one forward reads: T tokens of B rows, one after another."""
+class Placement:
+    """How and where tensors are kept."""
 
-    token_ids: torch.Tensor
-    """int32[T]."""
-    positions: torch.Tensor
-    """int32[T]."""
-    slot_mapping: torch.Tensor
-    """int64[T]: block * block_size + offset that takes the token's keys and values; -1 writes none."""
-    block_tables: torch.Tensor
-    """int32[B, MB]."""
-    query_start: torch.Tensor
-    """int32[B + 1]: where each row's tokens begin."""
-    seq_lens: torch.Tensor
-    """int32[B]: tokens of each row whose keys are in the cache after this forward."""
+    dtype: torch.dtype
+    device: torch.device
 
 
-@dataclass(frozen=True, slots=True)
-class Views:
-    """The working buffers of a forward of T tokens."""
+class LayerLoader:
+    """Takes tensors from a source and puts them into the kernels' layout, one layer at a time."""
 
-    hidden: torch.Tensor
-    qkv: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    heads: torch.Tensor
-    """What attention writes, [T, num_heads, head_dim]."""
-    attended: torch.Tensor
-    """The same memory, [T, num_heads * head_dim]."""
-    gate_up: torch.Tensor
+    def __init__(self, config: ModelConfig, weights: WeightSource, placement: Placement) -> None:
+        self._config, self._weights, self._placement = config, weights, placement
 
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor in the model's dtype, on its device. Raises ModelError."""
+        return self._weights.take(name, shape).to(self._placement.device, self._placement.dtype)
 
-class Activations:
-    """Working buffers for the largest batch, so that a forward allocates nothing."""
+    def matrix(self, name: str, num_rows: int, num_columns: int, keep: int) -> PackedLinear:
+        """The first `keep` rows of a matrix over the vocabulary; products with it are float32 logits."""
+        return pack(self.tensor(name, num_rows, num_columns)[:keep], out_dtype=torch.float32)
 
-    def __init__(self, config: ModelConfig, max_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        c = config
-        self._q, self._kv, self._dim = c.num_heads, c.num_kv_heads, c.head_dim
-
-        def buffer(width: int) -> torch.Tensor:
-            return torch.empty((max_tokens, width), dtype=dtype, device=device)
-
-        self._hidden = buffer(c.hidden_size)
-        self._qkv = buffer((c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
-        self._attended = buffer(c.num_heads * c.head_dim)
-        self._gate_up = buffer(2 * c.intermediate_size)
-        self._cached: dict[int, Views] = {}
-
-    def views(self, num_tokens: int) -> Views:
-        """The buffers' first `num_tokens` rows. Small counts, those of decode batches, are kept."""
-        if (views := self._cached.get(num_tokens)) is not None:
-            return views
-        n, q, kv, dim = num_tokens, self._q, self._kv, self._dim
-        qkv = self._qkv[:n]
-        heads = qkv.view(n, q + 2 * kv, dim)
-        views = Views(
-            hidden=self._hidden[:n],
-            qkv=qkv,
-            q=heads[:, :q],
-            k=heads[:, q : q + kv],
-            v=heads[:, q + kv :],
-            heads=self._attended[:n].view(n, q, dim),
-            attended=self._attended[:n],
-            gate_up=self._gate_up[:n],
+    def layer(self, index: int, caches: tuple[torch.Tensor, torch.Tensor]) -> Layer:
+        """One layer over its keys and values, q, k and v in one matrix, gate and up in another."""
+        c, name = self._config, f"model.layers.{index}"
+        attention, mlp, dim = f"{name}.self_attn", f"{name}.mlp", c.head_dim
+        q_size, kv_size = c.num_heads * dim, c.num_kv_heads * dim
+        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        gate_up = dict.fromkeys(("gate_proj", "up_proj"), c.intermediate_size)
+        return Layer(
+            input_norm=self.tensor(f"{name}.input_layernorm.weight", c.hidden_size),
+            qkv=self._linear(attention, qkv, c.hidden_size, c.qkv_bias),
+            o=self._linear(attention, {"o_proj": c.hidden_size}, q_size, c.o_bias),
+            post_norm=self.tensor(f"{name}.post_attention_layernorm.weight", c.hidden_size),
+            gate_up=self._linear(mlp, gate_up, c.hidden_size, c.mlp_bias),
+            down=self._linear(mlp, {"down_proj": c.hidden_size}, c.intermediate_size, c.mlp_bias),
+            key_cache=caches[0],
+            value_cache=caches[1],
+            num_heads=c.num_heads,
+            eps=c.rms_eps,
+            scale=dim**-0.5,
+            q_norm=self.tensor(f"{attention}.q_norm.weight", dim) if c.qk_norm else None,
+            k_norm=self.tensor(f"{attention}.k_norm.weight", dim) if c.qk_norm else None,
+            sliding_window=c.sliding_windows[index],
         )
-        if num_tokens <= 256:
-            self._cached[num_tokens] = views
-        return views
 
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One decoder layer's weights."""
-
-    input_norm: torch.Tensor
-    qkv: PackedLinear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    o: PackedLinear
-    post_norm: torch.Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
-    sliding_window: int | None
-
-    def forward(
-        self,
-        residual: torch.Tensor,
-        views: Views,
-        inputs: ForwardInputs,
-        rotations: torch.Tensor,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        eps: float,
-        first: bool,
-    ) -> None:
-        """Run the layer on `views.hidden`, which has yet to be added to `residual` (the first layer's input is
-        `residual` alone), and leave its output in `views.hidden` in the same way."""
-        hidden = views.hidden
-        if first:
-            rms_norm(residual, self.input_norm, eps, out=hidden)
-        else:
-            rms_norm(hidden, self.input_norm, eps, residual=residual, out=hidden)
-        linear(hidden, self.qkv, out=views.qkv)
-        q, k, v = views.q, views.k, views.v
-        if self.q_norm is not None:
-            head_rms_norm(q, self.q_norm, eps, out=q)
-            head_rms_norm(k, self.k_norm, eps, out=k)
-        keys, values = cache
-        rope_and_cache(q, k, v, rotations, inputs.positions, keys, values, inputs.slot_mapping)
-        paged_attention(
-            q,
-            keys,
-            values,
-            inputs.block_tables,
-            inputs.query_start,
-            inputs.seq_lens,
-            q.shape[-1] ** -0.5,
-            out=views.heads,
-            sliding_window=self.sliding_window,
+    def _linear(self, place: str, parts: dict[str, int], num_inputs: int, has_bias: bool) -> PackedLinear:
+        """Projections of one input, stacked: their names and numbers of outputs."""
+        weights = [self.tensor(f"{place}.{name}.weight", rows, num_inputs) for name, rows in parts.items()]
+        biases = [self.tensor(f"{place}.{name}.bias", rows) for name, rows in parts.items() if has_bias]
+        return pack(
+            torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
         )
-        linear(views.attended, self.o, out=hidden)
-        rms_norm(hidden, self.post_norm, eps, residual=residual, out=hidden)
-        linear(hidden, self.gate_up, out=views.gate_up)
-        silu_and_mul_linear(views.gate_up, self.down, out=hidden)

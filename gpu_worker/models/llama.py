@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.config import ModelConfig, rotation_table
-from gpu_worker.models.layers import Activations, ForwardInputs, Layer
+from gpu_worker.models.layers import LayerLoader, Placement
 from gpu_worker.models.loader import WeightSource
-from kernels.linear import embedding, linear, pack
+from kernels.layer import LayerStack, Step
+from kernels.linear import embedding, linear
 from kernels.norm import rms_norm
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What one forward reads: T tokens of B rows, one after another."""
+
+    token_ids: torch.Tensor
+    """int32[T]."""
+    positions: torch.Tensor
+    """int32[T]."""
+    slot_mapping: torch.Tensor
+    """int64[T]: block * block_size + offset that takes the token's keys and values; -1 writes none."""
+    block_tables: torch.Tensor
+    """int32[B, MB]."""
+    query_start: torch.Tensor
+    """int32[B + 1]: where each row's tokens begin."""
+    seq_lens: torch.Tensor
+    """int32[B]: tokens of each row whose keys are in the cache after this forward."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Each token's state after the last layer, before the final norm: the sum of two [T, hidden_size]."""
+
+    hidden: torch.Tensor
+    delta: torch.Tensor
 
 
 class Llama:
@@ -19,86 +48,57 @@ class Llama:
         self,
         config: ModelConfig,
         weights: WeightSource,
+        cache: KVCache,
+        placement: Placement,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         vocab_size: int,
         max_len: int,
-        max_tokens: int,
     ) -> None:
         """Take every tensor from `weights`, one layer at a time, so that no second copy of a model exists.
 
         Args:
             config: the shape.
             weights: where the tensors come from.
-            dtype: of weights, activations and logits' inputs; logits are float32.
-            device: where to run.
+            cache: keys and values of every layer.
+            placement: dtype and device of weights and activations; logits are float32.
             vocab_size: rows of the embedding to keep; what lies beyond is padding that nothing may sample.
             max_len: positions to prepare rotations for.
-            max_tokens: the most tokens of one forward.
 
         Raises:
             ModelError: a tensor is missing, misshapen or left over.
         """
         self.config = config
         self.vocab_size = vocab_size
-        self._dtype, self._device, self._weights = dtype, device, weights
-        self._rotations = rotation_table(config.rope, config.head_dim, max_len).to(device)
-        self._activations = Activations(config, max_tokens, dtype, device)
-        table = self._take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)[:vocab_size]
-        self._embed = pack(table, out_dtype=torch.float32)
-        self._layers = [self._layer(i) for i in range(config.num_layers)]
-        self._norm = self._take("model.norm.weight", config.hidden_size)
-        if config.tie_embeddings:
-            self._head = self._embed
-        else:
-            head = self._take("lm_head.weight", config.vocab_size, config.hidden_size)[:vocab_size]
-            self._head = pack(head, out_dtype=torch.float32)
+        self._rotations = rotation_table(config.rope, config.head_dim, max_len).to(placement.device)
+        load = LayerLoader(config, weights, placement)
+        table = config.vocab_size, config.hidden_size, vocab_size
+        self._embed = load.matrix("model.embed_tokens.weight", *table)
+        self._layers = LayerStack([load.layer(i, caches) for i, caches in enumerate(cache.layers)])
+        self._norm = load.tensor("model.norm.weight", config.hidden_size)
+        self._head = self._embed if config.tie_embeddings else load.matrix("lm_head.weight", *table)
         weights.finish()
-        del self._weights
 
-    def forward(self, inputs: ForwardInputs, cache: KVCache) -> torch.Tensor:
+    def forward(self, inputs: ForwardInputs) -> States:
         """Run T tokens and write their keys and values.
 
-        Returns:
-            [T, hidden_size]: each token's state before the final norm, in a buffer that the next call reuses.
+        On a CPU a token's state depends on its row's tokens alone, bit for bit, in float32 and in bfloat16:
+        not on the rows beside it, on how its prompt was cut into chunks, or on the number of threads.
         """
-        residual = embedding(inputs.token_ids, self._embed)
-        views = self._activations.views(inputs.token_ids.shape[0])
-        eps, rotations, layers = self.config.rms_eps, self._rotations, cache.layers
-        for i, layer in enumerate(self._layers):
-            layer.forward(residual, views, inputs, rotations, layers[i], eps, first=i == 0)
-        return residual.add_(views.hidden)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32[R, vocab_size] of R states that `forward` returned."""
-        return linear(rms_norm(hidden, self._norm, self.config.rms_eps), self._head)
-
-    def _take(self, name: str, *shape: int) -> torch.Tensor:
-        return self._weights.take(name, shape).to(device=self._device, dtype=self._dtype)
-
-    def _linear(self, *parts: tuple[str, int], inputs: int, bias: bool) -> object:
-        """Projections of one input, stacked into one matrix."""
-        weight = [self._take(f"{name}.weight", rows, inputs) for name, rows in parts]
-        offset = [self._take(f"{name}.bias", rows) for name, rows in parts] if bias else None
-        if len(parts) == 1:
-            return pack(weight[0], offset[0] if offset else None)
-        return pack(torch.cat(weight), torch.cat(offset) if offset else None)
-
-    def _layer(self, index: int) -> Layer:
-        c, name = self.config, f"model.layers.{index}"
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        qkv = ((f"{attention}.q_proj", q_size), (f"{attention}.k_proj", kv_size), (f"{attention}.v_proj", kv_size))
-        gate_up = ((f"{mlp}.gate_proj", c.intermediate_size), (f"{mlp}.up_proj", c.intermediate_size))
-        return Layer(
-            input_norm=self._take(f"{name}.input_layernorm.weight", c.hidden_size),
-            qkv=self._linear(*qkv, inputs=c.hidden_size, bias=c.qkv_bias),
-            q_norm=self._take(f"{attention}.q_norm.weight", c.head_dim) if c.qk_norm else None,
-            k_norm=self._take(f"{attention}.k_norm.weight", c.head_dim) if c.qk_norm else None,
-            o=self._linear((f"{attention}.o_proj", c.hidden_size), inputs=q_size, bias=c.o_bias),
-            post_norm=self._take(f"{name}.post_attention_layernorm.weight", c.hidden_size),
-            gate_up=self._linear(*gate_up, inputs=c.hidden_size, bias=c.mlp_bias),
-            down=self._linear((f"{mlp}.down_proj", c.hidden_size), inputs=c.intermediate_size, bias=c.mlp_bias),
-            sliding_window=c.sliding_windows[index],
+        hidden = embedding(inputs.token_ids, self._embed)
+        step = Step(
+            cos_sin=self._rotations,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            block_tables=inputs.block_tables,
+            query_start=inputs.query_start,
+            seq_lens=inputs.seq_lens,
         )
+        return States(hidden, self._layers.forward(hidden, step))
+
+    def logits(self, states: States, index: torch.Tensor | None) -> torch.Tensor:
+        """float32[R, vocab_size] of the tokens that `index` (int64[R]) names, of all where it is None. The
+        states are used up."""
+        hidden, delta = states.hidden, states.delta
+        if index is not None:
+            hidden, delta = hidden.index_select(0, index), delta.index_select(0, index)
+        return linear(rms_norm(delta, self._norm, self.config.rms_eps, residual=hidden), self._head)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,7 +63,8 @@ class StoredWeights:
             raise ModelError(f"{self._where}: tensor {name} is missing")
         if stored.shape != shape:
             raise ModelError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the config asks for {list(shape)}"
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
+                f"the config asks for {list(shape)}"
             )
         try:
             return stored.read()
@@ -113,7 +115,7 @@ def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
         from gpu_worker.models.gguf import open_gguf  # costs 0.3 s, and only these files need it
 
         source = open_gguf(path)
-        config, vocab_size = source.config, source.vocab_size
+        config, vocab_size = source.config, min(source.config.vocab_size, source.vocab_size)
         digest = model_digest(config, [path] if load_format == "auto" else [])
 
         def weights() -> WeightSource:
@@ -170,7 +172,7 @@ def safetensors_index(files: list[Path]) -> dict[str, Stored]:
                 if name in tensors:
                     raise ModelError(f"{file}: tensor {name} stands in {tensors[name].file.name} too")
                 shape = tuple(handle.get_slice(name).get_shape())
-                tensors[name] = Stored(file, shape, lambda h=handle, n=name: h.get_tensor(n))
+                tensors[name] = Stored(file, shape, partial(handle.get_tensor, name))
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is truncated or no safetensors file: {error}") from error
     return tensors

@@ -27,7 +27,8 @@ typedef struct {
 typedef struct {
     const pagoda_attention *a;
     const item *items;
-    int32_t group, parts; /* parts: tasks of one item and head when the context is shared out, else 0 */
+    int32_t group, heads_a_task;
+    int32_t parts; /* tasks of one item and head when the context is shared out, else 0 */
     char *partials;
     int64_t partial_bytes;
 } job;
@@ -36,15 +37,40 @@ typedef struct {
 typedef struct {
     const pagoda_attention *a;
     const int32_t *blocks;
-    int head, count;
+    int head, last_head, count; /* last_head: of those that the same task does, one after the other */
     int32_t low[MAX_ROWS], high[MAX_ROWS]; /* each row sees tokens [low, high) */
     int32_t begin, end;                    /* the union of these */
+    int32_t part_begin, part_end;          /* the part of it at work */
     float *q;                              /* [dim][count], scaled */
     float *scores;                         /* [count][PART] */
 } tile;
 
+/* Blocks that are asked for ahead of their use: enough of them to be on their way to keep the memory busy. */
+#define AHEAD 4
+
+/* The memory that is read AHEAD blocks after block number `i` of the current part: the passes over its keys and
+ * its values are followed by the next part's keys, or the next head's. NULL after the last. */
+INLINE const char *ahead_of(const tile *t, int is_values, int i) {
+    const pagoda_cache *c = &t->a->cache;
+    int size = c->block_size, first = t->part_begin / size, last = (t->part_end - 1) / size, head = t->head;
+    i += AHEAD;
+    if (i > last) {
+        i -= last + 1;
+        if (is_values && t->part_end < t->end)
+            first = t->part_end / size, last = (t->end - 1) / size;
+        else if (is_values)
+            first = t->begin / size, last = (t->end - 1) / size, head++;
+        i = first + i < last ? first + i : last;
+        is_values = !is_values;
+    }
+    if (head > t->last_head)
+        return NULL;
+    int64_t block = t->blocks[i];
+    return is_values ? head_values(c, block, head) : head_keys(c, block, head);
+}
+
 /* scores[r][p * VL ...] = q[r] * the keys of panel p: `words` points to VL tokens' words, `stride` words a dim step.
- * `ahead` is memory that will be read soon, as much as the keys themselves. */
+ * `ahead` is memory that is read soon, as much as the keys themselves. */
 INLINE void score_panels(const int rows, const int panels, const int bf16, const float *q, int dim,
                          const uint32_t *const *words, int64_t stride, const char *const *ahead, float *scores) {
     vf sums[MAX_ROWS][4];
@@ -60,7 +86,7 @@ INLINE void score_panels(const int rows, const int panels, const int bf16, const
                 vu w = vload_words(words[p] + d * stride);
                 keys[p] = !bf16 ? (vf)w : half ? odd_bf16(w) : even_bf16(w);
                 if (!half)
-                    __builtin_prefetch(ahead[p] + d * stride * 4);
+                    __builtin_prefetch(ahead[p] + d * stride * 4, 0, 2);
             }
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++)
@@ -85,11 +111,16 @@ INLINE void weigh_lines(const int rows, const int lines, const int bf16, const t
     for (int32_t token = t0; token < t1;) {
         int32_t offset = token % c->block_size, n = c->block_size - offset;
         n = n < t1 - token ? n : t1 - token;
-        const char *v = head_values(c, t->blocks[token / c->block_size], t->head);
-        v = at(v, (int64_t)offset * c->head_dim + d, bf16);
+        int64_t start = ((int64_t)offset * c->head_dim + d) * (bf16 ? 2 : 4);
+        const char *v = head_values(c, t->blocks[token / c->block_size], t->head) + start;
+        const char *ahead = ahead_of(t, 1, token / c->block_size);
+        int64_t distance = ahead ? ahead + start - v : 0;
         const float *weights = t->scores + (token - part);
         for (int32_t i = 0; i < n; i++, v += c->head_dim * (bf16 ? 2 : 4), weights++) {
             vf values[4];
+#pragma GCC unroll 4
+            for (int l = 0; l < lines * (bf16 ? 1 : 2); l++)
+                __builtin_prefetch(v + distance + l * 4 * VL, 0, 2);
 #pragma GCC unroll 2
             for (int l = 0; l < lines; l++) {
                 if (bf16) {
@@ -174,8 +205,8 @@ INLINE void score(const int rows, const int bf16, const tile *t, int32_t from, i
         for (int p = 0; p < n; p++) {
             int32_t first = token + p * VL;
             words[p] = key_words(t, first, to, copies[p], &stride);
-            /* The values of these tokens come next. */
-            ahead[p] = head_values(c, t->blocks[first / c->block_size], t->head) + first % c->block_size * 4;
+            ahead[p] = ahead_of(t, 0, first / c->block_size);
+            ahead[p] = ahead[p] ? ahead[p] + first % c->block_size * 4 : (const char *)words[p];
         }
         float *scores = t->scores + (token - part);
         if (n == panels)
@@ -206,22 +237,22 @@ static void softmax_row(float *scores, int32_t from, int32_t to, int32_t low, in
 }
 
 /* The part of the context that begins at token `part`, which the tile sees some of. */
-INLINE void run_part(const int rows, const int bf16, const tile *t, int32_t part, partial *result) {
-    int32_t t0 = t->begin > part ? t->begin : part;
-    int32_t t1 = t->end < part + PART ? t->end : part + PART;
-    int32_t from = t0 / VL * VL, to = (t1 + VL - 1) / VL * VL;
+INLINE void run_part(const int rows, const int bf16, tile *t, int32_t part, partial *result) {
+    t->part_begin = t->begin > part ? t->begin : part;
+    t->part_end = t->end < part + PART ? t->end : part + PART;
+    int32_t from = t->part_begin / VL * VL, to = (t->part_end + VL - 1) / VL * VL;
     score(rows, bf16, t, from, to, part);
     for (int r = 0; r < rows; r++)
         softmax_row(t->scores + r * PART, from - part, to - part, t->low[r] - part, t->high[r] - part,
                     &result->max[r], &result->sum[r]);
-    weigh(rows, bf16, t, t0, t1, part, result->out);
+    weigh(rows, bf16, t, t->part_begin, t->part_end, part, result->out);
 }
 
-typedef void part_fn(const tile *, int32_t, partial *);
+typedef void part_fn(tile *, int32_t, partial *);
 
-#define PART_FN(rows)                                                                                              \
-    static void part_f32_##rows(const tile *t, int32_t part, partial *result) { run_part(rows, 0, t, part, result); } \
-    static void part_bf16_##rows(const tile *t, int32_t part, partial *result) { run_part(rows, 1, t, part, result); }
+#define PART_FN(rows)                                                                                             \
+    static void part_f32_##rows(tile *t, int32_t part, partial *result) { run_part(rows, 0, t, part, result); }   \
+    static void part_bf16_##rows(tile *t, int32_t part, partial *result) { run_part(rows, 1, t, part, result); }
 PART_FN(1)
 PART_FN(2)
 PART_FN(3)
@@ -255,8 +286,7 @@ static void merge(partial *total, const partial *part, int count, int dim) {
     }
 }
 
-/* Writes a tile's result. */
-INLINE void write_out(const job *j, const item *it, int head, const partial *total, const int bf16) {
+INLINE void write_rows(const job *j, const item *it, int head, const partial *total, const int bf16) {
     const pagoda_attention *a = j->a;
     int dim = a->cache.head_dim;
     const int lines = 2 * VL;
@@ -282,6 +312,14 @@ INLINE void write_out(const job *j, const item *it, int head, const partial *tot
     }
 }
 
+/* Writes a tile's result. */
+static void write_out(const job *j, const item *it, int head, const partial *total) {
+    if (j->a->cache.bf16)
+        write_rows(j, it, head, total, 1);
+    else
+        write_rows(j, it, head, total, 0);
+}
+
 /* Fills in `t` for an item and a head. */
 static void load_tile(const job *j, const item *it, int head, tile *t) {
     const pagoda_attention *a = j->a;
@@ -289,7 +327,7 @@ static void load_tile(const job *j, const item *it, int head, tile *t) {
     int dim = a->cache.head_dim;
     t->a = a;
     t->blocks = a->block_tables + it->row * a->table_stride;
-    t->head = head;
+    t->head = t->last_head = head;
     t->count = it->count;
     for (int r = 0; r < it->count; r++) {
         int query = (it->first + r) / j->group, h = head * j->group + (it->first + r) % j->group;
@@ -305,55 +343,59 @@ static void load_tile(const job *j, const item *it, int head, tile *t) {
 
 static int32_t first_part(const tile *t) { return t->begin / PART * PART; }
 
-/* One task: an item and a head over all of its context, or over one part of it. */
-static void run_task(void *arg, int task) {
-    const job *j = arg;
-    const pagoda_attention *a = j->a;
-    int heads = a->cache.num_kv_heads, dim = a->cache.head_dim, unit = j->parts ? task / j->parts : task;
-    const item *it = &j->items[unit / heads];
+/* One item and head, over all of its context. */
+static void run_item(const job *j, const item *it, int head, int last_head) {
+    int dim = j->a->cache.head_dim;
     float q[MAX_ROWS * dim], scores[MAX_ROWS * PART];
     _Alignas(8) char memory[2][sizeof(partial) + sizeof(float) * MAX_ROWS * dim];
     tile t = {.q = q, .scores = scores};
-    load_tile(j, it, unit % heads, &t);
-    part_fn *fn = part_fns[a->cache.bf16][it->count - 1];
-    if (j->parts) {
-        partial *result = (partial *)(j->partials + task * j->partial_bytes);
-        int32_t part = first_part(&t) + task % j->parts * PART;
-        if (part < t.end)
-            fn(&t, part, result);
-        return;
-    }
+    load_tile(j, it, head, &t);
+    t.last_head = last_head;
+    part_fn *fn = part_fns[j->a->cache.bf16][it->count - 1];
     partial *total = (partial *)memory[0], *next = (partial *)memory[1];
     fn(&t, first_part(&t), total);
     for (int32_t part = first_part(&t) + PART; part < t.end; part += PART) {
         fn(&t, part, next);
         merge(total, next, it->count, dim);
     }
-    if (a->cache.bf16)
-        write_out(j, it, unit % heads, total, 1);
-    else
-        write_out(j, it, unit % heads, total, 0);
+    write_out(j, it, head, total);
 }
 
-/* Puts an item and head's parts together. */
+static void items_task(void *arg, int task) {
+    const job *j = arg;
+    int shares = j->a->cache.num_kv_heads / j->heads_a_task, head = task % shares * j->heads_a_task;
+    for (int h = head; h < head + j->heads_a_task; h++)
+        run_item(j, &j->items[task / shares], h, head + j->heads_a_task - 1);
+}
+
+/* One part of the context of one item and head. */
+static void parts_task(void *arg, int task) {
+    const job *j = arg;
+    int heads = j->a->cache.num_kv_heads, unit = task / j->parts;
+    const item *it = &j->items[unit / heads];
+    float q[MAX_ROWS * j->a->cache.head_dim], scores[MAX_ROWS * PART];
+    tile t = {.q = q, .scores = scores};
+    load_tile(j, it, unit % heads, &t);
+    int32_t part = first_part(&t) + task % j->parts * PART;
+    if (part < t.end)
+        part_fns[j->a->cache.bf16][it->count - 1](&t, part, (partial *)(j->partials + task * j->partial_bytes));
+}
+
+/* Puts the parts of one item and head together. */
 static void merge_task(void *arg, int unit) {
     const job *j = arg;
-    const pagoda_attention *a = j->a;
-    int heads = a->cache.num_kv_heads;
+    int heads = j->a->cache.num_kv_heads;
     const item *it = &j->items[unit / heads];
-    float q[MAX_ROWS * a->cache.head_dim];
+    float q[MAX_ROWS * j->a->cache.head_dim];
     tile t = {.q = q};
     load_tile(j, it, unit % heads, &t);
     char *parts = j->partials + (int64_t)unit * j->parts * j->partial_bytes;
     partial *total = (partial *)parts;
     for (int32_t part = first_part(&t) + PART; part < t.end; part += PART) {
         parts += j->partial_bytes;
-        merge(total, (const partial *)parts, it->count, a->cache.head_dim);
+        merge(total, (const partial *)parts, it->count, j->a->cache.head_dim);
     }
-    if (a->cache.bf16)
-        write_out(j, it, unit % heads, total, 1);
-    else
-        write_out(j, it, unit % heads, total, 0);
+    write_out(j, it, unit % heads, total);
 }
 
 static int tiles_of(int32_t rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
@@ -391,9 +433,14 @@ void pagoda_attention_run(const pagoda_attention *a) {
     }
     j.items = items;
     j.partials = memory + item_bytes;
-    pagoda_parallel(run_task, &j, j.parts ? units * j.parts : units);
-    if (j.parts)
+    if (j.parts) {
+        pagoda_parallel(parts_task, &j, units * j.parts);
         pagoda_parallel(merge_task, &j, units);
+        return;
+    }
+    /* One after the other, the heads of an item hide each other's waits for memory. */
+    j.heads_a_task = num_items >= 8 * pagoda_threads() ? a->cache.num_kv_heads : 1;
+    pagoda_parallel(items_task, &j, units / j.heads_a_task);
 }
 
 void pagoda_paged_attention(void *keys, void *values, const void *q, void *out, const int32_t *block_tables,

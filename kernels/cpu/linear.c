@@ -13,10 +13,14 @@
 #define MANY_ROWS 256
 /* Bytes of float inputs that a task of many rows keeps in its core's second-level cache. */
 #define X_BLOCK_BYTES (768 * 1024)
-/* Inputs that are summed up by themselves: shorter chains of additions lose less to rounding. */
-#define SUM_BLOCK 256
+/* The most inputs that are summed up by themselves: shorter chains of additions lose less to rounding, and cost more
+ * calls of the inner kernel. */
+#define SUM_BLOCK 640
 /* How far ahead of its use a weight is asked for. */
 #define PREFETCH_BYTES 2048
+
+/* Bytes of a panel for one step: a k, or a pair of them. */
+#define LINE ((int64_t)(2 * sizeof(vf)))
 
 /* An x panel holds the float inputs of up to MAX_ROWS rows: groups of X_GROUP inputs, row after row inside a group,
  * zeros after the last input. The inner kernel then reaches every row at a constant offset from one pointer. */
@@ -55,141 +59,164 @@ INLINE void step(const int rows, const int panels, vf sums[][2], const vf *w, co
     }
 }
 
-/* What to fetch while a tile is computed: two cache lines at `next` for each line of weights used, then `step` bytes
- * further. */
+/* Inputs that are summed up by themselves: k in even shares, of whole groups. */
+static int64_t sum_block(int64_t k) {
+    int64_t blocks = (k + SUM_BLOCK - 1) / SUM_BLOCK;
+    return groups_of((k + blocks - 1) / blocks) * X_GROUP;
+}
+
+/* What to fetch during a multiplication: a line, or two with bf16, at `next` for each step through the weights, then
+ * `step` bytes further. */
 typedef struct {
     const char *next;
     int64_t step;
 } prefetch;
 
-/* sums[r * panels + p] = `k` inputs of row r of the x panel times panel p. */
-INLINE void multiply(const int rows, const int panels, const int bf16, const float *x, const char *w, int64_t panel,
-                     int64_t k, prefetch ahead, vf sums[][2]) {
-    const int per_line = bf16 ? 2 : 1;
+enum weights { WEIGHTS_FLOAT, WEIGHTS_BF16, WEIGHTS_BF16_KEPT };
+
+/* totals[r * panels + p] += `k` inputs of row r of the x panel times panel p. With WEIGHTS_BF16_KEPT the weights are
+ * also written to `kept` as floats. Every sum adds the same products in the same order however many rows and panels
+ * there are: a row's result does not depend on what else is in the batch. */
+INLINE void multiply(const int rows, const int panels, const enum weights kind, const float *x, const char *w,
+                     int64_t panel, int64_t k, prefetch ahead, float *kept, vf totals[][2]) {
+    const int pack = kind == WEIGHTS_FLOAT ? 1 : 2;
+    vf sums[MAX_ROWS][2];
     for (int i = 0; i < rows * panels; i++)
         sums[i][0] = sums[i][1] = (vf){0};
     for (int64_t k0 = 0; k0 < k; k0 += X_GROUP, x += rows * X_GROUP) {
         int64_t end = k - k0 < X_GROUP ? k - k0 : X_GROUP;
-        for (int64_t j = 0; j < end; j += per_line, w += 2 * sizeof(vf), ahead.next += ahead.step) {
+        for (int64_t j = 0; j < end; j += pack, w += LINE, ahead.next += ahead.step) {
             vf lines[2 * WIDE_PANELS];
 #pragma GCC unroll 6
             for (int i = 0; i < 2 * panels; i++) {
-                __builtin_prefetch(ahead.next + i / 2 * panel + i % 2 * sizeof(vf));
+                if (pack == 2 || i % 2 == 0)
+                    __builtin_prefetch(ahead.next + i / 2 * panel + i % 2 * sizeof(vf));
                 vu words = vload_words(w + i / 2 * panel + i % 2 * sizeof(vf));
-                lines[i] = bf16 ? even_bf16(words) : (vf)words;
+                lines[i] = pack == 2 ? even_bf16(words) : (vf)words;
+                if (kind == WEIGHTS_BF16_KEPT)
+                    vstore(kept + i * VL, lines[i]);
             }
             step(rows, panels, sums, lines, x + j);
-            if (!bf16)
+            if (pack == 1)
                 continue;
 #pragma GCC unroll 6
-            for (int i = 0; i < 2 * panels; i++)
+            for (int i = 0; i < 2 * panels; i++) {
                 lines[i] = odd_bf16(vload_words(w + i / 2 * panel + i % 2 * sizeof(vf)));
+                if (kind == WEIGHTS_BF16_KEPT)
+                    vstore(kept + LINEAR_COLUMNS + i * VL, lines[i]);
+            }
             step(rows, panels, sums, lines, x + j + 1);
+            kept += 2 * LINEAR_COLUMNS;
         }
+    }
+    for (int i = 0; i < rows * panels; i++) {
+        totals[i][0] += sums[i][0];
+        totals[i][1] += sums[i][1];
     }
 }
 
-/* The same for all of k. Every sum adds the same products in the same order however many rows and panels there are:
- * a row's result does not depend on what else is in the batch. */
-INLINE void multiply_all(const int rows, const int panels, const int bf16, const float *x, const char *w,
-                         int64_t panel, int64_t k, prefetch ahead, vf totals[][2]) {
-    const int64_t lines = SUM_BLOCK / (bf16 ? 2 : 1);
-    multiply(rows, panels, bf16, x, w, panel, k < SUM_BLOCK ? k : SUM_BLOCK, ahead, totals);
-    for (int64_t k0 = SUM_BLOCK; k0 < k; k0 += SUM_BLOCK) {
-        vf sums[MAX_ROWS][2];
-        x += rows * SUM_BLOCK;
-        w += lines * 2 * sizeof(vf);
-        ahead.next += lines * ahead.step;
-        multiply(rows, panels, bf16, x, w, panel, k - k0 < SUM_BLOCK ? k - k0 : SUM_BLOCK, ahead, sums);
-        for (int i = 0; i < rows * panels; i++) {
-            totals[i][0] += sums[i][0];
-            totals[i][1] += sums[i][1];
-        }
-    }
-}
+typedef void multiply_fn(const float *x, const char *w, int64_t panel, int64_t k, prefetch ahead, float *kept,
+                         vf totals[][2]);
 
-/* Writes a panel's sums for one row: `columns` of them are real. */
-INLINE void write_row(const pagoda_linear *w, vf *sums, int64_t column, void *out_row) {
+#define MULTIPLY(name, rows, panels, kind)                                                                         \
+    static void name(const float *x, const char *w, int64_t panel, int64_t k, prefetch ahead, float *kept,         \
+                     vf totals[][2]) {                                                                             \
+        multiply(rows, panels, kind, x, w, panel, k, ahead, kept, totals);                                         \
+    }
+#define MULTIPLY_ROWS(rows)                                                                                        \
+    MULTIPLY(float_##rows, rows, 1, WEIGHTS_FLOAT)                                                                 \
+    MULTIPLY(bf16_##rows, rows, 1, WEIGHTS_BF16)                                                                   \
+    MULTIPLY(kept_##rows, rows, 1, WEIGHTS_BF16_KEPT)
+#define FOR_ROWS(f) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11) f(12) f(13) f(14)
+#define ENTRY_FLOAT(rows) float_##rows,
+#define ENTRY_BF16(rows) bf16_##rows,
+#define ENTRY_KEPT(rows) kept_##rows,
+
+FOR_ROWS(MULTIPLY_ROWS)
+MULTIPLY(float_wide_1, 1, WIDE_PANELS, WEIGHTS_FLOAT)
+MULTIPLY(float_wide_2, 2, WIDE_PANELS, WEIGHTS_FLOAT)
+MULTIPLY(bf16_wide_1, 1, WIDE_PANELS, WEIGHTS_BF16)
+MULTIPLY(bf16_wide_2, 2, WIDE_PANELS, WEIGHTS_BF16)
+
+static multiply_fn *const by_rows[3][MAX_ROWS] = {
+    {FOR_ROWS(ENTRY_FLOAT)}, {FOR_ROWS(ENTRY_BF16)}, {FOR_ROWS(ENTRY_KEPT)}};
+static multiply_fn *const wide[2][2] = {{float_wide_1, float_wide_2}, {bf16_wide_1, bf16_wide_2}};
+
+/* Writes a panel's sums for one row: the columns from `column` on. */
+INLINE void write_row(const pagoda_linear *w, const vf *sums, int64_t column, void *out_row, const int out_bf16) {
     int64_t columns = w->n - column < LINEAR_COLUMNS ? w->n - column : LINEAR_COLUMNS;
     if (columns == LINEAR_COLUMNS) {
         for (int i = 0; i < 2; i++) {
             vf sum = w->bias ? sums[i] + vload(w->bias + column + i * VL) : sums[i];
-            if (w->out_bf16)
-                put_vec(out_row, column + i * VL, sum, 1);
-            else
-                put_vec(out_row, column + i * VL, sum, 0);
+            put_vec(out_row, column + i * VL, sum, out_bf16);
         }
         return;
     }
-    for (int64_t i = 0; i < columns; i++) {
-        float sum = sums[i / VL][i % VL] + (w->bias ? w->bias[column + i] : 0.0f);
-        if (w->out_bf16)
-            put(out_row, column + i, sum, 1);
-        else
-            put(out_row, column + i, sum, 0);
-    }
+    for (int64_t i = 0; i < columns; i++)
+        put(out_row, column + i, sums[i / VL][i % VL] + (w->bias ? w->bias[column + i] : 0.0f), out_bf16);
 }
 
-INLINE void tile(const int rows, const int panels, const pagoda_linear *w, const float *x, int64_t first_panel,
-                 prefetch ahead, void *out, int64_t out_stride) {
-    vf sums[MAX_ROWS][2];
-    int64_t bytes = panel_bytes(w);
-    const char *weights = (const char *)w->panels + first_panel * bytes;
-    if (w->bf16)
-        multiply_all(rows, panels, 1, x, weights, bytes, w->k, ahead, sums);
-    else
-        multiply_all(rows, panels, 0, x, weights, bytes, w->k, ahead, sums);
-    for (int r = 0; r < rows; r++)
-        for (int p = 0; p < panels; p++)
-            write_row(w, sums[r * panels + p], (first_panel + p) * LINEAR_COLUMNS,
-                      (char *)out + r * out_stride * (w->out_bf16 ? 2 : 4));
+static void write_rows(const pagoda_linear *w, vf totals[][2], int64_t rows, int64_t first_panel, int64_t panels,
+                       void *out, int64_t out_stride) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t p = 0; p < panels; p++) {
+            int64_t column = (first_panel + p) * LINEAR_COLUMNS;
+            if (w->out_bf16)
+                write_row(w, totals[r * panels + p], column, at_mut(out, r * out_stride, 1), 1);
+            else
+                write_row(w, totals[r * panels + p], column, at_mut(out, r * out_stride, 0), 0);
+        }
 }
 
-typedef void tile_fn(const pagoda_linear *, const float *, int64_t, prefetch, void *, int64_t);
-
-#define TILE(rows, panels)                                                                                          \
-    static void tile_##rows##_##panels(const pagoda_linear *w, const float *x, int64_t first_panel,                \
-                                       prefetch ahead, void *out, int64_t out_stride) {                            \
-        tile(rows, panels, w, x, first_panel, ahead, out, out_stride);                                             \
-    }
-TILE(1, 3)
-TILE(2, 3)
-TILE(1, 1)
-TILE(2, 1)
-TILE(3, 1)
-TILE(4, 1)
-TILE(5, 1)
-TILE(6, 1)
-TILE(7, 1)
-TILE(8, 1)
-TILE(9, 1)
-TILE(10, 1)
-TILE(11, 1)
-TILE(12, 1)
-TILE(13, 1)
-TILE(14, 1)
-
-static tile_fn *const wide_tiles[] = {tile_1_3, tile_2_3};
-static tile_fn *const tiles[MAX_ROWS] = {tile_1_1, tile_2_1, tile_3_1,  tile_4_1,  tile_5_1,  tile_6_1,  tile_7_1,
-                                         tile_8_1, tile_9_1, tile_10_1, tile_11_1, tile_12_1, tile_13_1, tile_14_1};
-
-/* All rows of consecutive x panels times the weight panels [first, last). While the row blocks are multiplied with
- * one panel, each fetches its share of the next one. */
-static void run_tiles(const pagoda_linear *w, const float *x, int64_t rows, int64_t first, int64_t last, void *out,
+/* One or two rows times WIDE_PANELS panels, or one block of rows times one panel. */
+static void run_block(const pagoda_linear *w, const float *x, int64_t rows, int64_t p, int64_t panels, void *out,
                       int64_t out_stride) {
+    vf totals[MAX_ROWS][2] = {0};
+    int64_t bytes = panel_bytes(w), block = sum_block(w->k);
+    multiply_fn *fn = panels > 1 ? wide[w->bf16][rows - 1] : by_rows[w->bf16][rows - 1];
+    for (int64_t k0 = 0; k0 < w->k; k0 += block) {
+        int64_t k = w->k - k0 < block ? w->k - k0 : block;
+        const char *weights = (const char *)w->panels + p * bytes + k0 / (w->bf16 ? 2 : 1) * LINE;
+        fn(x + rows * k0, weights, bytes, k, (prefetch){weights + PREFETCH_BYTES, LINE}, NULL, totals);
+    }
+    write_rows(w, totals, rows, p, panels, out, out_stride);
+}
+
+/* Several blocks of rows times one panel. The first block widens the weights for the others, and each fetches its
+ * share of the next panel. */
+static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int64_t p, void *out,
+                       int64_t out_stride) {
     split s = split_rows(rows);
-    int64_t groups = groups_of(w->k), bytes = panel_bytes(w);
-    for (int64_t p = first; p < last;) {
-        int64_t width = rows <= 2 && p + WIDE_PANELS <= last ? WIDE_PANELS : 1;
-        const char *panel = (const char *)w->panels + p * bytes;
+    int64_t bytes = panel_bytes(w), row_floats = groups_of(w->k) * X_GROUP, block = sum_block(w->k);
+    vf totals[MANY_ROWS][2];
+    float kept[SUM_BLOCK * LINEAR_COLUMNS] __attribute__((aligned(64)));
+    memset(totals, 0, rows * sizeof totals[0]);
+    for (int64_t k0 = 0; k0 < w->k; k0 += block) {
+        int64_t k = w->k - k0 < block ? w->k - k0 : block;
+        const char *weights = (const char *)w->panels + p * bytes + k0 / (w->bf16 ? 2 : 1) * LINE;
+        int64_t share = k / (w->bf16 ? 2 : 1) * LINE / s.blocks;
         for (int64_t b = 0; b < s.blocks; b++) {
             int64_t row = block_start(s, b), count = block_start(s, b + 1) - row;
-            tile_fn *fn = width > 1 ? wide_tiles[count - 1] : tiles[count - 1];
-            prefetch ahead = {panel + (s.blocks == 1 ? PREFETCH_BYTES : bytes + bytes / s.blocks * b),
-                              2 * sizeof(vf) / s.blocks};
-            fn(w, x + row * groups * X_GROUP, p, ahead, at_mut(out, row * out_stride, w->out_bf16), out_stride);
+            int is_kept = w->bf16 && b > 0;
+            prefetch ahead = {weights + bytes + b * share, share / (is_kept || !w->bf16 ? k : (k + 1) / 2)};
+            multiply_fn *fn = by_rows[!w->bf16 || is_kept ? WEIGHTS_FLOAT : WEIGHTS_BF16_KEPT][count - 1];
+            fn(x + row * row_floats + count * k0, is_kept ? (const char *)kept : weights, bytes, k, ahead, kept,
+               totals + row);
         }
-        p += width;
+    }
+    write_rows(w, totals, rows, p, 1, out, out_stride);
+}
+
+/* All rows of consecutive x panels times the weight panels [first, last). */
+static void run_panels(const pagoda_linear *w, const float *x, int64_t rows, int64_t first, int64_t last, void *out,
+                       int64_t out_stride) {
+    for (int64_t p = first; p < last;) {
+        int64_t panels = rows <= 2 && p + WIDE_PANELS <= last ? WIDE_PANELS : 1;
+        if (rows <= MAX_ROWS)
+            run_block(w, x, rows, p, panels, out, out_stride);
+        else
+            run_blocks(w, x, rows, p, out, out_stride);
+        p += panels;
     }
 }
 
@@ -248,7 +275,7 @@ static void load_task(void *arg, int task) {
 static void columns_task(void *arg, int task) {
     const job *j = arg;
     int64_t first = task * j->task_size, last = first + j->task_size, end = num_panels(j->w);
-    run_tiles(j->w, j->panels, j->rows, first, last < end ? last : end, j->out, j->out_stride);
+    run_panels(j->w, j->panels, j->rows, first, last < end ? last : end, j->out, j->out_stride);
 }
 
 static void rows_task(void *arg, int task) {
@@ -262,7 +289,7 @@ static void rows_task(void *arg, int task) {
         int64_t row = block_start(s, b);
         load_block(j, first + row, block_start(s, b + 1) - row, panels + row * row_floats);
     }
-    run_tiles(j->w, panels, rows, 0, num_panels(j->w), at_mut(j->out, first * j->out_stride, j->w->out_bf16),
+    run_panels(j->w, panels, rows, 0, num_panels(j->w), at_mut(j->out, first * j->out_stride, j->w->out_bf16),
               j->out_stride);
 }
 

@@ -5,7 +5,7 @@
 #include <stddef.h>
 
 /* Which of a thread's buffers: two users on one call path must not share one. */
-enum scratch_use { SCRATCH_LINEAR_CALL, SCRATCH_LINEAR_TASK, SCRATCH_ATTENTION_CALL, SCRATCH_USES };
+enum scratch_use { SCRATCH_LINEAR_CALL, SCRATCH_LINEAR_TASK, SCRATCH_ATTENTION_CALL, SCRATCH_LAYERS, SCRATCH_USES };
 
 /* At least `bytes` bytes at a multiple of 64, valid until this thread's next call for the same use. The content is
  * undefined. The memory grows and stays, because fresh pages cost more than the work done in them. */

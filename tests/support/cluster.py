@@ -86,24 +86,37 @@ class Cluster:
 
     def snapshot(self, requests: bool = False, blocks: bool = False) -> pb.Snapshot:
         """The scheduler's state now."""
-        with grpc.insecure_channel(self.scheduler.address) as channel:
-            request = pb.SnapshotRequest(include_requests=requests, include_blocks=blocks)
-            return rpc.ControlServiceStub(channel).Snapshot(request, timeout=10).snapshot
+        return snapshot(self.scheduler.address, requests, blocks)
 
     def assert_idle(self) -> None:
         """Nothing runs, and free plus cached blocks are all blocks.
 
         Raises AssertionError when that is not so within a few seconds.
         """
+        assert_idle(self.scheduler.address)
 
-        def idle() -> bool:
-            now = self.snapshot()
-            return not (now.num_running or now.num_waiting) and all(
-                w.num_free_blocks + w.num_cached_blocks == w.num_blocks and not w.num_slots_used
-                for w in now.workers
-            )
 
-        wait_until(idle, 15, f"idle with all blocks back: {self.snapshot(requests=True)}")
+def snapshot(address: str, requests: bool = False, blocks: bool = False) -> pb.Snapshot:
+    """The state of the scheduler at `address`."""
+    with grpc.insecure_channel(address) as channel:
+        request = pb.SnapshotRequest(include_requests=requests, include_blocks=blocks)
+        return rpc.ControlServiceStub(channel).Snapshot(request, timeout=10).snapshot
+
+
+def assert_idle(address: str) -> None:
+    """See `Cluster.assert_idle`."""
+
+    def idle() -> bool:
+        now = snapshot(address)
+        return not (now.num_running or now.num_waiting) and all(
+            w.num_free_blocks + w.num_cached_blocks == w.num_blocks and not w.num_slots_used
+            for w in now.workers
+        )
+
+    try:
+        wait_until(idle, 15, "idle with all blocks back")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{snapshot(address, requests=True)}") from None
 
 
 @contextlib.contextmanager
@@ -126,6 +139,10 @@ def cluster(
                 running.start_gateway(*gateway_args)
             yield running
             running.assert_idle()
+        except BaseException:
+            for name, child in {"scheduler": process, **running.workers}.items():
+                print(f"--- the end of {name}'s log\n{''.join(child.text[-20:])}")
+            raise
         finally:
             for child in filter(None, [running.gateway, *running.workers.values()]):
                 child.stop()

@@ -81,7 +81,8 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0, what: str = "
 
 
 def spawn(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("PAGODA_")}
+    # The caches are where the caller's are; no other setting of the caller's is meant for what we start.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PAGODA_") or k == "PAGODA_CACHE"}
     return subprocess.Popen(
         [sys.executable, *arguments],
         stderr=subprocess.PIPE,

@@ -26,6 +26,7 @@ class Received:
     logprobs: dict[int, list[pb.TokenLogprob]] = field(default_factory=dict)
     usage: pb.Usage | None = None
     failure: pb.RequestFailure | None = None
+    began: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -38,19 +39,21 @@ class SessionClient:
         self.num_messages = 0
         self._address, self._token, self._name = address, token, name
         self._next_handle = 1
+        self._writing = asyncio.Lock()  # a stream takes one write at a time, and tests submit from many tasks
 
     async def __aenter__(self) -> SessionClient:
         self._channel = grpc.aio.insecure_channel(self._address, options=transport.CHANNEL_OPTIONS)
         stub: Any = pb_grpc.SchedulerServiceStub(self._channel)
         self.call = stub.Session(metadata=transport.bearer(self._token))
         await self.call.write(pb.SessionRequest(hello=pb.SessionHello(client_name=self._name)))
-        self._take((await self.call.read()))
+        self._take(await self.call.read())
         self._reader = asyncio.create_task(self._read())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._reader.cancel()
         self.call.cancel()
+        # The read that is under way ends with the call; left alone it would end in a loop that is closed.
+        await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close()
 
     async def _read(self) -> None:
@@ -71,7 +74,7 @@ class SessionClient:
         self._next_handle += len(requests)
         self.received.update((handle, Received()) for handle in handles)
         batch = pb.SubmitBatch(handles=handles, requests=requests)
-        await self.call.write(pb.SessionRequest(submit=batch))
+        await self._write(pb.SessionRequest(submit=batch))
         return handles
 
     async def stop(self, handle: int, index: int | None = None, finished: bool = False) -> None:
@@ -79,14 +82,27 @@ class SessionClient:
         reason = pb.STOP_REASON_FINISHED if finished else pb.STOP_REASON_CANCELLED
         place = WHOLE_REQUEST if index is None else index
         batch = pb.StopBatch(handles=[handle], indexes=[place], reasons=[reason])
-        await self.call.write(pb.SessionRequest(stop=batch))
+        await self._write(pb.SessionRequest(stop=batch))
+
+    async def _write(self, message: pb.SessionRequest) -> None:
+        async with self._writing:
+            await self.call.write(message)
 
     async def results(self, handles: Sequence[int]) -> list[Received]:
-        """Wait for the end of all of `handles`."""
-        for handle in handles:
-            await self.received[handle].ended.wait()
-        return [self.received[handle] for handle in handles]
-
+        """Wait for the end of all of `handles`. Raises AssertionError where the stream ends before."""
+        wanted = [self.received[handle] for handle in handles]
+        for received in wanted:
+            end = asyncio.create_task(received.ended.wait())
+            try:
+                await asyncio.wait([self._reader, end], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                end.cancel()
+            if not received.ended.is_set():
+                self._reader.result()  # raises what was wrong with a message, if that was the end
+                raise AssertionError(
+                    f"the stream ended: {await self.call.code()} {await self.call.details()}"
+                )
+        return wanted
 
     def _take(self, message: pb.SessionResponse) -> None:
         self.num_messages += 1
@@ -102,6 +118,7 @@ class SessionClient:
             count = out.num_tokens[row] if out.num_tokens else 1
             received = self.received[handle]
             assert index not in received.reasons, "something came for a sample that had ended"
+            received.began.set()
             received.tokens.setdefault(index, []).extend(out.tokens[start : start + count])
             start += count
             if row in with_logprobs:

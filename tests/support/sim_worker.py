@@ -404,6 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--scheduler", required=True)
     parser.add_argument("--group", default="w0")
+    parser.add_argument("--model-name", default="simulated")
     parser.add_argument("--token", default="")
     parser.add_argument("--iteration-ms", type=float, default=8.0)
     parser.add_argument("--slots", type=int, default=64)
@@ -420,7 +421,7 @@ def main() -> None:
         given.blocks, given.block_size, given.slots, given.vocab, max_batched_tokens=8192,
         max_horizon=given.max_horizon, strict=not given.lenient,
     )  # fmt: skip
-    hello = hello_for(device, given.group, max_model_len=given.max_model_len)
+    hello = hello_for(device, given.group, model_name=given.model_name, max_model_len=given.max_model_len)
     client = HubClient(given.scheduler, hello, given.token, WorkerMetrics("simulated", given.group), log)
     executor = SimExecutor(device, given.iteration_ms / 1000, client.deliver, client.fail)
 

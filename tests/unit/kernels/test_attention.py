@@ -51,7 +51,9 @@ class Paged:
             scores = torch.einsum("qhd,khd->hqk", q, k) * self.scale
             distance = torch.arange(len(k) - len(q), len(k)).unsqueeze(1) - torch.arange(len(k))
             hidden = (distance < 0) | (distance >= (window or len(k)))
-            results.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+            results.append(
+                torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+            )
         return torch.cat(results)
 
 

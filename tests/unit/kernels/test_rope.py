@@ -27,7 +27,9 @@ def caches(blocks, heads, block_size, dim, dtype):
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (7, 1, 80, 8), (2, 2, 34, 24)]
 )
-def test_rotates_and_writes(op, num_heads, num_kv_heads, dim, block_size, dtype, threads, randn, generator, close):
+def test_rotates_and_writes(
+    op, num_heads, num_kv_heads, dim, block_size, dtype, threads, randn, generator, close
+):
     tokens, blocks = 37, 9
     width = (num_heads + 2 * num_kv_heads) * dim
     qkv = randn(tokens, width, dtype=dtype)

@@ -114,7 +114,9 @@ class LocalScheduler:
 async def until(holds: Any, timeout_s: float = 20.0) -> None:
     """Poll until `holds()`."""
     async with asyncio.timeout(timeout_s):
-        while not holds():
+        while True:
+            if holds():
+                return
             await asyncio.sleep(0.005)
 
 

@@ -64,10 +64,19 @@ def test_the_columns_are_those_of_plan_and_step() -> None:
 
 def test_a_new_row_arrives() -> None:
     sampling = Sampling(
-        temperature=0.5, top_k=4, top_p=0.25, min_p=0.125, presence_penalty=1, frequency_penalty=-1,
-        repetition_penalty=2, logit_bias=((4, 1.5), (9, -2)), seed=1 << 63, min_tokens=3,
-        stop_token_ids=(2, 8), num_logprobs=0,
-    )  # fmt: skip
+        temperature=0.5,
+        top_k=4,
+        top_p=0.25,
+        min_p=0.125,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        repetition_penalty=2,
+        logit_bias=((4, 1.5), (9, -2)),
+        seed=1 << 63,
+        min_tokens=3,
+        stop_token_ids=(2, 8),
+        num_logprobs=0,
+    )
     new = NewRow(5, None, (1, 2, 3), 2, 1, (7, 9), 30, sampling)
     row = wire.AttachResponse.FromString(encode_step(plan(new_rows=[new], slots=[5]))).step.new_rows[0]
     assert not row.HasField("parent_slot")
@@ -101,9 +110,18 @@ def test_a_result_arrives() -> None:
         token_logprobs=[-0.5, -1.5], num_top=[2, 0], top_ids=[4, 5], top_logprobs=[-0.25, -4], ranks=[2, 1]
     )
     done = decode(
-        3, 2, epoch=3, step_id=9, tokens=[1, 2, 3], num_sampled=[2, 0, 1], ended_rows=[0, 2],
-        ended_reasons=[1, 3], logprobs=logprobs, device_us=70, idle_us=5,
-    )  # fmt: skip
+        3,
+        2,
+        epoch=3,
+        step_id=9,
+        tokens=[1, 2, 3],
+        num_sampled=[2, 0, 1],
+        ended_rows=[0, 2],
+        ended_reasons=[1, 3],
+        logprobs=logprobs,
+        device_us=70,
+        idle_us=5,
+    )
     assert (done.worker, done.epoch, done.step_id) == ("w0", 3, 9)
     assert (done.tokens, done.num_sampled) == ([1, 2, 3], [2, 0, 1])
     assert (done.ended_rows, done.ended_reasons) == ([0, 2], [1, 3])
@@ -152,16 +170,26 @@ def test_256_decodes_are_small_both_ways() -> None:
     appends = drawn.sample(slots, 16)
     down = encode_step(
         plan(
-            epoch=12, step_id=10_000_000, slots=slots, released_slots=[17, 200], append_slots=appends,
+            epoch=12,
+            step_id=10_000_000,
+            slots=slots,
+            released_slots=[17, 200],
+            append_slots=appends,
             append_blocks=drawn.sample(range(30_000), 16),
-        )  # fmt: skip
+        )
     )
     assert len(down) <= MAX_BYTES
     tokens = [drawn.randrange(VOCAB) for _ in slots]
     result = wire.StepResult(
-        epoch=12, step_id=10_000_000, tokens=tokens, num_sampled=[1] * 256, ended_rows=[17, 200],
-        ended_reasons=[wire.ROW_END_STOP, wire.ROW_END_LENGTH], device_us=8000, idle_us=3,
-    )  # fmt: skip
+        epoch=12,
+        step_id=10_000_000,
+        tokens=tokens,
+        num_sampled=[1] * 256,
+        ended_rows=[17, 200],
+        ended_reasons=[wire.ROW_END_STOP, wire.ROW_END_LENGTH],
+        device_us=8000,
+        idle_us=3,
+    )
     up = wire.AttachRequest(result=result).SerializeToString()
     assert len(up) <= MAX_BYTES
 
@@ -171,9 +199,15 @@ def test_256_decodes_are_small_both_ways() -> None:
 
 def test_an_output_arrives_as_it_is() -> None:
     output = SessionOutput(
-        handles=[7, 8, 8], indexes=[0, 0, 1], num_tokens=[2, 1, 0], tokens=[1, 2, 3], ended_rows=[2],
-        ended_reasons=[3], logprob_rows=[1], logprobs=[LogprobEntry(-0.5, 1, (3, 4), (-0.5, -2))],
-    )  # fmt: skip
+        handles=[7, 8, 8],
+        indexes=[0, 0, 1],
+        num_tokens=[2, 1, 0],
+        tokens=[1, 2, 3],
+        ended_rows=[2],
+        ended_reasons=[3],
+        logprob_rows=[1],
+        logprobs=[LogprobEntry(-0.5, 1, (3, 4), (-0.5, -2))],
+    )
     failure = QueueFull(10).failure(99)
     columns = pb.SessionResponse.FromString(encode_output([output], [end(8)], [failure])).output
     assert list(columns.handles) == [7, 8, 8] and list(columns.indexes) == [0, 0, 1]
@@ -206,10 +240,15 @@ def outputs(draw: st.DrawFn) -> list[SessionOutput]:
         ended.update(rows[i] for i in ends)
         made.append(
             SessionOutput(
-                handles=[handle for handle, _ in rows], indexes=[index for _, index in rows],
-                num_tokens=counts, tokens=tokens, ended_rows=ends, ended_reasons=[1] * len(ends),
-                logprob_rows=with_logprobs, logprobs=entries,
-            )  # fmt: skip
+                handles=[handle for handle, _ in rows],
+                indexes=[index for _, index in rows],
+                num_tokens=counts,
+                tokens=tokens,
+                ended_rows=ends,
+                ended_reasons=[1] * len(ends),
+                logprob_rows=with_logprobs,
+                logprobs=entries,
+            )
         )
     return made
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
@@ -24,7 +26,7 @@ class RawWorker:
 
     def __init__(self, local: LocalScheduler, **hello: Any) -> None:
         self.call = local.worker.Attach()
-        self.hello = hello_for(DEVICE, **hello)
+        self.hello = hello_for(DEVICE, **{"max_model_len": 512, **hello})
 
     async def say_hello(self) -> None:
         await self.call.write(wire.AttachRequest(hello=self.hello))
@@ -46,8 +48,9 @@ class RawWorker:
     async def status(self) -> tuple[grpc.StatusCode, str]:
         """How the stream ended; the status comes after everything that was sent before it."""
         async with asyncio.timeout(20):
-            while isinstance(await self.call.read(), wire.AttachResponse):
-                pass
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while isinstance(await self.call.read(), wire.AttachResponse):
+                    pass
             return await self.call.code(), await self.call.details()
 
     async def violations(self) -> dict[str, str]:
@@ -273,8 +276,9 @@ async def pair(local: LocalScheduler, **second: Any) -> tuple[RawWorker, RawWork
     """Two ranks of a group that have said hello."""
     common = {"incarnation": "a", "world_size": 2}
     ranks = RawWorker(local, rank=0, **common), RawWorker(local, **{"rank": 1, **common, **second})
-    for rank in ranks:
-        await rank.say_hello()
+    await ranks[0].say_hello()
+    await until(lambda: "w0" in local.hub.groups)
+    await ranks[1].say_hello()
     return ranks
 
 

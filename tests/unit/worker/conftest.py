@@ -18,7 +18,9 @@ def _one_torch_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[transformers.PreTrainedModel, Path]]:
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], tuple[transformers.PreTrainedModel, Path]]:
     """Makes a tiny model of a kind: transformers' own, and its folder."""
     made: dict[str, tuple[transformers.PreTrainedModel, Path]] = {}
 

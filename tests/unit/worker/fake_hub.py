@@ -68,7 +68,7 @@ class FakeHub(worker_pb2_grpc.WorkerServiceServicer):
         """Stop serving at once."""
         self._server.stop(None).wait()
 
-    def Attach(  # noqa: N802 - gRPC's name
+    def Attach(
         self, requests: Iterator[worker_pb2.AttachRequest], context: grpc.ServicerContext
     ) -> Iterator[worker_pb2.AttachResponse]:
         """See worker.proto."""

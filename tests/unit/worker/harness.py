@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from gpu_worker.kv_cache import KVCache
-from gpu_worker.models.llama import Llama
+from gpu_worker.models.layers import Placement
+from gpu_worker.models.llama import Llama, States
 from gpu_worker.models.loader import open_model
 from gpu_worker.output import collect
 from gpu_worker.runner import Runner, StepOutputs
@@ -48,7 +49,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "llama_biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama_linear_rope": ("Llama", {"rope_parameters": {**LLAMA3_ROPE, "rope_type": "linear", "factor": 4.0}}),
+    "llama_linear_rope": (
+        "Llama",
+        {"rope_parameters": {**LLAMA3_ROPE, "rope_type": "linear", "factor": 4.0}},
+    ),
     "mistral_window": ("Mistral", {"sliding_window": 12, "head_dim": 16}),
     "mistral_full": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
@@ -107,24 +111,23 @@ class Device:
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32, **changes: int) -> None:
         self.limits = limits(**changes)
         self.files = open_model(path, "auto", 0)
+        self.cache = KVCache(self.files.config, self.limits.num_blocks, self.limits.block_size, dtype, CPU)
         self.model = Llama(
             self.files.config,
             self.files.weights(),
-            dtype=dtype,
-            device=CPU,
+            self.cache,
+            Placement(dtype, CPU),
             vocab_size=self.files.vocab_size,
             max_len=self.limits.max_len,
-            max_tokens=self.limits.max_batched_tokens,
         )
         self.rows = Rows(self.limits, CPU)
-        self.cache = KVCache(self.files.config, self.limits.num_blocks, self.limits.block_size, dtype, CPU)
         self.stager = Stager(self.limits, CPU, num_buffers=4)
         self.runner = Runner(self.model, self.cache, self.rows)
         self.logits: list[torch.Tensor] = []
         compute = self.model.logits
 
-        def recorded(hidden: torch.Tensor) -> torch.Tensor:
-            self.logits.append(compute(hidden).clone())
+        def recorded(states: States, index: torch.Tensor | None) -> torch.Tensor:
+            self.logits.append(compute(states, index).clone())
             return self.logits[-1]
 
         self.model.logits = recorded  # type: ignore[method-assign]
@@ -210,7 +213,9 @@ class Device:
             outputs = self.runner.run(*self.stager.stage(step))
         for slot, parent in parents.items():
             source = self.sequences[parent]
-            self.sequences[slot] = Sequence_(slot, list(source.tokens), list(source.blocks), source.num_computed)
+            self.sequences[slot] = Sequence_(
+                slot, list(source.tokens), list(source.blocks), source.num_computed
+            )
         return sampling, outputs
 
     def read(self, sampling: list[int], outputs: StepOutputs) -> worker_pb2.StepResult:

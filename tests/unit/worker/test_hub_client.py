@@ -18,7 +18,7 @@ from tests.unit.worker.fake_hub import WAIT_S, FakeHub
 
 
 class EchoDevice:
-    """Answers each step with its slots as tokens; slot 913 is a step that cannot be done, 966 a broken device."""
+    """Answers a step with its slots as tokens; slot 913 cannot be done, 966 breaks the device."""
 
     def __init__(self) -> None:
         self.hub: HubClient

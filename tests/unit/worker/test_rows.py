@@ -37,6 +37,24 @@ def test_neighbours_change_nothing(device):
         assert sequences[slot].tokens[len(tokens) :][:12] == alone[slot]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "mistral_window", "qwen3"])
+def test_logits_depend_on_tokens_alone(tiny, kind, dtype):
+    """The kernels sum in an order that neither the batch nor the cut of a prompt changes: bit for bit."""
+    device = Device(tiny(kind)[1], dtype=dtype)
+    sequence = device.add(0, prompt(45))
+    device.step({0: 45})
+    device.decode([0], 9)
+    expected = device.logits[-1][0]
+    tokens = sequence.tokens[:54]  # what the last decode had seen
+    device.add(3, prompt(70, 1))
+    device.add(1, tokens, num_prompt=45)
+    for chunk in (7, 30):
+        device.step({3: 20, 1: chunk})
+    device.step({1: 17, 3: 30})
+    assert torch.equal(device.logits[-1][0], expected)
+
+
 def test_resume_draws_what_was_drawn(device):
     """Tokens are the only truth: a row that comes back with its output goes on as it would have."""
     tokens = prompt(20)
@@ -234,7 +252,10 @@ def test_logprobs(device):
         assert got.ranks[iteration] == 1
         drawn = result.tokens[4 + iteration]
         torch.testing.assert_close(
-            torch.tensor(got.token_logprobs[2 + iteration]), logprobs[iteration][2, drawn], rtol=1e-4, atol=1e-4
+            torch.tensor(got.token_logprobs[2 + iteration]),
+            logprobs[iteration][2, drawn],
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -283,7 +304,7 @@ def row(**fields) -> worker_pb2.NewRow:
         (step(new_rows=[row(blocks=[200])]), "block 200"),
         (step(new_rows=[row(sampling={"stop_token_ids": range(65)})]), "65 stop ids"),
         (step(new_rows=[row(sampling={"bias_token_ids": [1]})]), "bias"),
-        (step(new_rows=[row(), row(slot=2, parent_slot=1, tokens=[], blocks=[])], slots=[1, 2], num_tokens=[1, 0]),
+        (step(new_rows=[row(), row(slot=2, parent_slot=1, tokens=[])], slots=[1, 2], num_tokens=[1, 0]),
          "parent"),
     ],
 )  # fmt: skip

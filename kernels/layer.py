@@ -1,0 +1,253 @@
+"""Decoder layers of Llama's shape in one call: norm, attention, norm and feed-forward of each layer in turn.
+
+They are made of this package's other operations and give their results bit for bit. What the one call saves
+is the time between them: a decode of one token is some 270 calls, of a few microseconds each.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import check_caches, paged_attention
+from kernels.cpu.functions import function, i32, ptr
+from kernels.linear import PackedLinear, linear, silu_and_mul_linear
+from kernels.norm import head_rms_norm, rms_norm
+from kernels.rope import rope_and_cache
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's weights, its cache and its constants; all tensors of one type, float32 or bfloat16.
+
+    Attributes:
+        input_norm: [H], before attention.
+        qkv: [(Hq + 2 Hk) D, H].
+        o: [H, Hq D].
+        post_norm: [H], before the feed-forward block.
+        gate_up: [2 I, H].
+        down: [H, I].
+        key_cache: see `kernels.attention.cache_shape`.
+        value_cache: see `kernels.attention.cache_shape`.
+        num_heads: Hq.
+        eps: of every norm.
+        scale: of the attention scores.
+        q_norm: [D] or None; for Qwen3's norm of every query head.
+        k_norm: [D] or None; for Qwen3's norm of every key head.
+        sliding_window: how many tokens a query sees, itself included; None for all.
+    """
+
+    input_norm: torch.Tensor
+    qkv: PackedLinear
+    o: PackedLinear
+    post_norm: torch.Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    num_heads: int
+    eps: float
+    scale: float
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    sliding_window: int | None = None
+
+    def check(self) -> None:
+        """Raises ValueError, naming the attribute, where shapes or types do not belong together."""
+        hidden, dtype, dim = self.qkv.in_features, self.qkv.dtype, self.value_cache.shape[3]
+        num_kv_heads, _ = check_caches(self.key_cache, self.value_cache, dtype, dim)
+        attended, inner = self.num_heads * dim, self.down.in_features
+        shapes = {
+            "qkv": (attended + 2 * num_kv_heads * dim, hidden),
+            "o": (hidden, attended),
+            "gate_up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
+        for name, shape in shapes.items():
+            packed = getattr(self, name)
+            if (packed.out_features, packed.in_features) != shape or {packed.dtype, packed.out_dtype} != {
+                dtype
+            }:
+                raise ValueError(f"{name} must be {dtype} {list(shape)}")
+        if self.num_heads % num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of {num_kv_heads}, not {self.num_heads}")
+        norms = {"input_norm": hidden, "post_norm": hidden, "q_norm": dim, "k_norm": dim}
+        for name, size in norms.items():
+            weight = getattr(self, name)
+            if weight is None and name in ("q_norm", "k_norm"):
+                continue
+            if weight.shape != (size,) or weight.dtype != dtype or not weight.is_contiguous():
+                raise ValueError(f"{name} must be {dtype} [{size}], not {weight.dtype} {tuple(weight.shape)}")
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One iteration's tokens and rows, as `rope_and_cache` and `paged_attention` take them.
+
+    Attributes:
+        cos_sin: [max_len, D] float32.
+        positions: [T] int32.
+        slot_mapping: [T] int64.
+        block_tables: [B, MB] int32.
+        query_start: [B + 1] int32.
+        seq_lens: [B] int32.
+    """
+
+    cos_sin: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    query_start: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def check(self, tokens: int, dim: int) -> None:
+        """Raises ValueError, naming the attribute, where a shape, type or stride is wrong."""
+        rows = self.seq_lens.shape[0]
+        expected = {
+            "positions": (torch.int32, (tokens,)),
+            "slot_mapping": (torch.int64, (tokens,)),
+            "query_start": (torch.int32, (rows + 1,)),
+            "seq_lens": (torch.int32, (rows,)),
+            "cos_sin": (torch.float32, (self.cos_sin.shape[0], dim)),
+            "block_tables": (torch.int32, (rows, self.block_tables.shape[-1])),
+        }
+        for name, (dtype, shape) in expected.items():
+            x = getattr(self, name)
+            if x.dtype != dtype or x.shape != shape or x.stride(-1) != 1:
+                raise ValueError(f"{name} must be {dtype} {list(shape)}, not {x.dtype} {tuple(x.shape)}")
+
+
+class _CLayer(ctypes.Structure):
+    """`pagoda_layer` of cpu/layer.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("input_norm", "post_norm", "q_norm", "k_norm", "keys", "values")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "window")
+        ),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("padding", ctypes.c_int32),
+    ]
+
+
+class _CStep(ctypes.Structure):
+    """`pagoda_step` of cpu/layer.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cos_sin", "positions", "slots")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
+        *((name, ctypes.c_int64) for name in ("table_stride", "tokens", "num_rows")),
+    ]
+
+
+@functools.cache
+def _c_layers():
+    return function("pagoda_layers_run", ptr, i32, ptr, ptr, ptr)
+
+
+class LayerStack:
+    """Layers that run one after the other. The tensors of each stay where they are while the stack lives.
+
+    Raises:
+        ValueError: a layer's shapes or types do not belong together; the message names the attribute.
+    """
+
+    def __init__(self, layers: list[Layer]) -> None:
+        for layer in layers:
+            layer.check()
+        self.layers = layers
+        in_c = all(p.address for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers else None
+
+    def forward(self, hidden: torch.Tensor, step: Step, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs all layers over an iteration's tokens and writes their keys and values to the caches.
+
+        Args:
+            hidden: [T, H] contiguous, the embeddings; updated in place.
+            step: the iteration's tokens and rows.
+            out: [T, H] contiguous, written and returned. A new tensor when None.
+
+        Returns:
+            What the last feed-forward block adds to `hidden`: the final norm is
+            `rms_norm(out, weight, eps, residual=hidden)`.
+
+        Raises:
+            ValueError: a shape, type or stride is wrong; the message names the argument.
+        """
+        first = self.layers[0]
+        tokens, width = hidden.shape
+        if width != first.qkv.in_features or hidden.dtype != first.qkv.dtype or not hidden.is_contiguous():
+            raise ValueError(f"hidden must be {first.qkv.dtype} [T, {first.qkv.in_features}], contiguous")
+        if out is None:
+            out = torch.empty_like(hidden)
+        elif out.shape != hidden.shape or out.dtype != hidden.dtype or not out.is_contiguous():
+            raise ValueError(f"out must be {hidden.dtype} {tuple(hidden.shape)}, contiguous")
+        step.check(tokens, first.value_cache.shape[3])
+        if self._c is None or not hidden.is_cpu:
+            return forward_reference(self.layers, hidden, step, out)
+        c_step = _CStep(
+            step.cos_sin.data_ptr(),
+            step.positions.data_ptr(),
+            step.slot_mapping.data_ptr(),
+            step.block_tables.data_ptr(),
+            step.query_start.data_ptr(),
+            step.seq_lens.data_ptr(),
+            step.block_tables.stride(0),
+            tokens,
+            step.seq_lens.shape[0],
+        )
+        _c_layers()(self._c, len(self._c), ctypes.byref(c_step), hidden.data_ptr(), out.data_ptr())
+        return out
+
+
+def _c_layer(layer: Layer) -> _CLayer:
+    _, num_kv_heads, block_size, dim = layer.value_cache.shape
+    return _CLayer(
+        *(packed.address for packed in (layer.qkv, layer.o, layer.gate_up, layer.down)),
+        layer.input_norm.data_ptr(),
+        layer.post_norm.data_ptr(),
+        None if layer.q_norm is None else layer.q_norm.data_ptr(),
+        None if layer.k_norm is None else layer.k_norm.data_ptr(),
+        layer.key_cache.data_ptr(),
+        layer.value_cache.data_ptr(),
+        layer.num_heads,
+        num_kv_heads,
+        dim,
+        block_size,
+        layer.sliding_window or 0,
+        layer.eps,
+        layer.scale,
+    )
+
+
+def forward_reference(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor
+) -> torch.Tensor:
+    """`LayerStack.forward` in calls of the single operations, each of which finds its own implementation."""
+    delta = None
+    for layer in layers:
+        _, num_kv_heads, _, dim = layer.value_cache.shape
+        if delta is None:
+            normed = rms_norm(hidden, layer.input_norm, layer.eps)
+        else:
+            normed = rms_norm(delta, layer.input_norm, layer.eps, hidden)
+        qkv = linear(normed, layer.qkv).unflatten(1, (-1, dim))
+        q, k, v = qkv.split([layer.num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if layer.q_norm is not None:
+            head_rms_norm(q, layer.q_norm, layer.eps, out=q)
+        if layer.k_norm is not None:
+            head_rms_norm(k, layer.k_norm, layer.eps, out=k)
+        caches = (layer.key_cache, layer.value_cache)
+        rope_and_cache(q, k, v, step.cos_sin, step.positions, *caches, step.slot_mapping)
+        rows = (step.block_tables, step.query_start, step.seq_lens, layer.scale)
+        attended = paged_attention(q, *caches, *rows, sliding_window=layer.sliding_window)
+        normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
+        delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
+    return out.copy_(delta)

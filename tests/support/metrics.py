@@ -1,0 +1,31 @@
+"""Reading what a service exposes on /metrics."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Iterator
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+
+def scrape(url: str, token: str = "") -> str:
+    """The text behind `url`."""
+    request = urllib.request.Request(url)
+    if token:
+        request.add_header("authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        return str(reply.read().decode())
+
+
+def samples(text: str, name: str, **labels: str) -> Iterator[Sample]:
+    """The samples of this full name that have these labels."""
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name and labels.items() <= sample.labels.items():
+                yield sample
+
+
+def total(text: str, name: str, **labels: str) -> float:
+    """Their sum; 0 where there are none."""
+    return sum(sample.value for sample in samples(text, name, **labels))
