@@ -32,16 +32,20 @@ help: ## Explain every target (this text).
 	@echo
 	@echo "  Variables: WORKERS=$(WORKERS) MODEL=$(MODEL) DEVICE=$(DEVICE) TORCH=$(TORCH) SERVE= PYTEST= VERIFY="
 
-setup: $(VENV)/.setup ## Make .venv, install the three services and the client, compile the CPU kernels.
+setup: $(VENV)/.setup $(VENV)/.kernels ## Make .venv, install the three services and the client, compile the CPU kernels.
 
 $(VENV)/.setup: $(NEEDS) tools/make_venv.sh
-	@echo "== 1/4 virtual environment"
+	@echo "== 1/3 virtual environment"
 	PYTHON=$(PYTHON) tools/make_venv.sh $(VENV)
-	@echo "== 2/4 $(TORCH)"
+	@echo "== 2/3 $(TORCH)"
 	$(PY) -m pip install $(TORCH)
-	@echo "== 3/4 Pagoda and what it needs"
+	@echo "== 3/3 Pagoda and what it needs"
 	$(PY) -m pip install $(SERVER)
-	@echo "== 4/4 CPU kernels"
+	@touch $@
+
+# A stamp of its own: a changed kernel is compiled here, with a word, and not while a worker starts.
+$(VENV)/.kernels: $(VENV)/.setup $(wildcard kernels/cpu/*.[ch]) kernels/cpu/build.py
+	@echo "== CPU kernels"
 	$(PY) -c 'from kernels.cpu.build import build; print(build())' || \
 	  echo "warning: no CPU kernels; a CPU worker will be slow until gcc is installed" >&2
 	@touch $@

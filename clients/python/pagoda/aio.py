@@ -16,23 +16,13 @@ from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import inference_pb2_grpc
 
 
-class AsyncStream:
+class AsyncStream(calls.StreamBase):
     """The chunks of one request, as they come; leaving its `async with` block, or `aclose()`, cancels it."""
 
     def __init__(self, tries: _Tries) -> None:
-        self._tries = tries
+        self._tries: _Tries = tries
         # The generator knows the tries but not this object, so that dropping the stream ends it at once.
         self._chunks = tries.follow()
-
-    @property
-    def request_id(self) -> str:
-        """The id under which the request runs."""
-        return self._tries.progress.request_id
-
-    @property
-    def completion(self) -> Completion:
-        """What has come so far, as a whole."""
-        return self._tries.progress.completion()
 
     def __aiter__(self) -> AsyncIterator[Chunk]:
         return self
@@ -51,26 +41,7 @@ class AsyncStream:
         self._tries.close()
 
 
-class _Tries:
-    """One request, submitted as often as it takes."""
-
-    def __init__(
-        self,
-        start: Callable[..., Any],
-        progress: calls.Progress,
-        retries: calls.Retries,
-        deadline: calls.Deadline,
-    ) -> None:
-        self.progress = progress
-        self._start, self._retries, self._deadline = start, retries, deadline
-        self._closed = asyncio.Event()
-        self._call: Any = None
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._call is not None:
-            self._call.cancel()
-
+class _Tries(calls.Tries):
     async def follow(self) -> AsyncIterator[Chunk]:
         while not self._closed.is_set():
             call = self._call = self._start(self.progress.next_request(), timeout=self._deadline.remaining())
@@ -102,7 +73,7 @@ class _Tries:
             closing.cancel()
 
 
-class AsyncClient:
+class AsyncClient(calls.ClientBase):
     """A client of a gateway's gRPC port, for one event loop; tasks may share it.
 
     `timeout` is in seconds and covers a call with all its tries. A request that fails because the server is
@@ -118,12 +89,11 @@ class AsyncClient:
         max_retries: int = 2,
         backoff_s: float = 0.5,
     ) -> None:
+        super().__init__(token, timeout, max_retries, backoff_s)
         calls.target_of(url)  # a bad address is refused here rather than at the first call
         self._url = url
         self._channel: Any = None
         self._lazy_stub: Any = None
-        self._metadata = calls.metadata_for(token)
-        self._timeout, self._max_retries, self._backoff_s = timeout, max_retries, backoff_s
 
     @property
     def _stub(self) -> Any:
@@ -206,9 +176,8 @@ class AsyncClient:
         return [calls.model_of(m) for m in response.models]
 
     def _open(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> AsyncStream:
-        deadline = calls.Deadline(options.get("timeout", self._timeout))
-        progress = calls.Progress(calls.build_request(prompt, messages, options))
-        return AsyncStream(_Tries(self._generate, progress, self._retries(deadline), deadline))
+        prepared = self._prepare(prompt, messages, options)
+        return AsyncStream(_Tries(self._generate, *prepared, asyncio.Event()))
 
     def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> Any:
         return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
@@ -222,9 +191,6 @@ class AsyncClient:
             except grpc.RpcError as failure:
                 error = from_grpc(failure)
             await asyncio.sleep(retries.delay_after(error))
-
-    def _retries(self, deadline: calls.Deadline) -> calls.Retries:
-        return calls.Retries(self._max_retries, self._backoff_s, deadline)
 
 
 def _task_is_cancelled() -> bool:

@@ -10,7 +10,7 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -275,6 +275,58 @@ class Progress:
         """Everything that has come."""
         samples = tuple(sample.result(i) for i, sample in enumerate(self._samples))
         return Completion(self.request_id, samples, self._usage)
+
+
+class Tries:
+    """One request, submitted as often as it takes. The clients add `follow`, which waits in their way."""
+
+    def __init__(
+        self, start: Callable[..., Any], progress: Progress, retries: Retries, deadline: Deadline, closed: Any
+    ) -> None:
+        self.progress = progress
+        self._start, self._retries, self._deadline = start, retries, deadline
+        self._closed = closed  # an event, of threading or of asyncio
+        self._call: Any = None
+
+    def close(self) -> None:
+        """Cancel the request, also while it waits for its next try."""
+        self._closed.set()
+        if self._call is not None:
+            self._call.cancel()
+
+
+class StreamBase:
+    """What both kinds of stream tell of their request."""
+
+    _tries: Tries
+
+    @property
+    def request_id(self) -> str:
+        """The id under which the request runs."""
+        return self._tries.progress.request_id
+
+    @property
+    def completion(self) -> Completion:
+        """What has come so far, as a whole."""
+        return self._tries.progress.completion()
+
+
+class ClientBase:
+    """What both clients keep. `timeout` and `backoff_s` are in seconds."""
+
+    def __init__(self, token: str | None, timeout: float | None, max_retries: int, backoff_s: float) -> None:
+        self._metadata = metadata_for(token)
+        self._timeout, self._max_retries, self._backoff_s = timeout, max_retries, backoff_s
+
+    def _retries(self, deadline: Deadline) -> Retries:
+        return Retries(self._max_retries, self._backoff_s, deadline)
+
+    def _prepare(
+        self, prompt: Prompt | None, messages: Messages | None, options: Options
+    ) -> tuple[Progress, Retries, Deadline]:
+        deadline = Deadline(options.get("timeout", self._timeout))
+        progress = Progress(build_request(prompt, messages, options))
+        return progress, self._retries(deadline), deadline
 
 
 class _SampleProgress:

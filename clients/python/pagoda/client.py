@@ -18,23 +18,13 @@ from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import inference_pb2_grpc
 
 
-class Stream:
+class Stream(calls.StreamBase):
     """The chunks of one request, as they come; leaving its `with` block, or `close()`, cancels it."""
 
     def __init__(self, tries: _Tries) -> None:
-        self._tries = tries
+        self._tries: _Tries = tries
         # The generator knows the tries but not this object, so that dropping the stream ends it at once.
         self._chunks = tries.follow()
-
-    @property
-    def request_id(self) -> str:
-        """The id under which the request runs."""
-        return self._tries.progress.request_id
-
-    @property
-    def completion(self) -> Completion:
-        """What has come so far, as a whole."""
-        return self._tries.progress.completion()
 
     def __iter__(self) -> Iterator[Chunk]:
         return self
@@ -53,26 +43,7 @@ class Stream:
         self._tries.close()
 
 
-class _Tries:
-    """One request, submitted as often as it takes."""
-
-    def __init__(
-        self,
-        start: Callable[..., Any],
-        progress: calls.Progress,
-        retries: calls.Retries,
-        deadline: calls.Deadline,
-    ) -> None:
-        self.progress = progress
-        self._start, self._retries, self._deadline = start, retries, deadline
-        self._closed = threading.Event()
-        self._call: Any = None
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._call is not None:
-            self._call.cancel()
-
+class _Tries(calls.Tries):
     def follow(self) -> Iterator[Chunk]:
         while not self._closed.is_set():
             call = self._call = self._start(self.progress.next_request(), timeout=self._deadline.remaining())
@@ -96,7 +67,7 @@ class _Tries:
         raise Cancelled("the stream was closed", request_id=self.progress.request_id)
 
 
-class Client:
+class Client(calls.ClientBase):
     """A client of a gateway's gRPC port; threads may share it.
 
     `timeout` is in seconds and covers a call with all its tries. A request that fails because the server is
@@ -112,10 +83,9 @@ class Client:
         max_retries: int = 2,
         backoff_s: float = 0.5,
     ) -> None:
+        super().__init__(token, timeout, max_retries, backoff_s)
         self._channel = calls.open_channel(url)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._metadata = calls.metadata_for(token)
-        self._timeout, self._max_retries, self._backoff_s = timeout, max_retries, backoff_s
 
     def close(self) -> None:
         """Close the connection; what runs on it is cancelled."""
@@ -199,9 +169,8 @@ class Client:
         return [calls.model_of(m) for m in self._unary(self._stub.ListModels, pb.ListModelsRequest()).models]
 
     def _open(self, prompt: Prompt | None, messages: Messages | None, options: Options) -> Stream:
-        deadline = calls.Deadline(options.get("timeout", self._timeout))
-        progress = calls.Progress(calls.build_request(prompt, messages, options))
-        return Stream(_Tries(self._generate, progress, self._retries(deadline), deadline))
+        prepared = self._prepare(prompt, messages, options)
+        return Stream(_Tries(self._generate, *prepared, threading.Event()))
 
     def _generate(self, request: pb.GenerateRequest, timeout: float | None) -> Any:
         return self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
@@ -215,9 +184,6 @@ class Client:
             except grpc.RpcError as failure:
                 error = from_grpc(failure)
             time.sleep(retries.delay_after(error))
-
-    def _retries(self, deadline: calls.Deadline) -> calls.Retries:
-        return calls.Retries(self._max_retries, self._backoff_s, deadline)
 
 
 def _drain(stream: Stream) -> Completion:

@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from pagoda.malformed import MalformedInterceptor
+
 MAX_MESSAGE_BYTES = 64 << 20
 
 # Streams that are silent for a while must not be cut for pinging too much, hence max_ping_strikes 0.
@@ -78,9 +80,10 @@ def _refusal_like(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     if handler is None:
         return handler
     method, behaviour = make[(handler.request_streaming, handler.response_streaming)]
-    return method(behaviour, handler.request_deserializer, handler.response_serializer)
+    # What a stranger sent is not even parsed.
+    return method(behaviour, None, handler.response_serializer)
 
 
 def server_interceptors(token: str) -> list[grpc.aio.ServerInterceptor]:
-    """The interceptors of a server: none without a token."""
-    return [TokenInterceptor(token)] if token else []
+    """The interceptors of a server: what strangers send goes no further than the first."""
+    return [*([TokenInterceptor(token)] if token else []), MalformedInterceptor()]
