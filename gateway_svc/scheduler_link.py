@@ -127,7 +127,7 @@ class SchedulerLink:
         halves = [asyncio.create_task(self._read(call)), asyncio.create_task(self._write(call))]
         try:
             await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
-            if any(half.done() and _is_a_fault(half.exception()) for half in halves):
+            if any(half.done() and not half.cancelled() and _is_a_fault(half.exception()) for half in halves):
                 return "a fault in the gateway"
             return f"{(await call.code()).name}: {await call.details()}"
         finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -36,7 +37,7 @@ def base_url() -> Iterator[str]:
         fake = FakeScheduler()
         fake.script = lambda request, index: [*ids_of("Hello 世界"), 2]
         await fake.start()
-        options = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "grace_s": 0}
+        options: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "grace_s": 0}
         gateway_settings = GatewaySettings(scheduler=fake.address, served_model_name=MODEL, **options)
         server = GatewayServer(gateway_settings, model_tokenizer(), shares_port=False)
         await server.start()

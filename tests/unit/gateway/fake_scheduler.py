@@ -55,7 +55,7 @@ class Row:
 
 
 @dataclass
-class Session:
+class Stream:
     """One gateway's stream."""
 
     number: int
@@ -83,7 +83,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
         self.submitted: list[pb.GenerateTokensRequest] = []
         self.stopped: list[tuple[str, int, int]] = []  # request id, index, reason
         self.messages: Counter[str] = Counter()
-        self.sessions: list[Session] = []
+        self.sessions: list[Stream] = []
         self.submits_by_session: Counter[int] = Counter()  # by the order in which they came
         self.paused = asyncio.Event()
         self.paused.set()
@@ -129,7 +129,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
     ) -> AsyncIterator[pb.SessionResponse]:
         hello = await context.read()
         assert hello.HasField("hello"), "the first message of a session is hello"
-        session = Session(len(self.submits_by_session))
+        session = Stream(len(self.submits_by_session))
         self.submits_by_session[session.number] = 0
         self.sessions.append(session)
         announce = self._announce[id(session)] = asyncio.Event()
@@ -152,7 +152,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
             reader.cancel()
             self.sessions.remove(session)
 
-    async def _read(self, requests: AsyncIterator[pb.SessionRequest], session: Session) -> None:
+    async def _read(self, requests: AsyncIterator[pb.SessionRequest], session: Stream) -> None:
         async for message in requests:
             kind = message.WhichOneof("message")
             self.messages[str(kind)] += 1
@@ -164,7 +164,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                 for stop in zip(columns.handles, columns.indexes, columns.reasons, strict=True):
                     self._stop(session, *stop)
 
-    def _submit(self, session: Session, handle: int, request: pb.GenerateTokensRequest) -> None:
+    def _submit(self, session: Stream, handle: int, request: pb.GenerateTokensRequest) -> None:
         self.submitted.append(request)
         self.submits_by_session[session.number] += 1
         failure = self.refuse(request)
@@ -189,7 +189,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                 )
             )
 
-    def _stop(self, session: Session, handle: int, index: int, reason: int) -> None:
+    def _stop(self, session: Stream, handle: int, index: int, reason: int) -> None:
         request = session.open.get(handle)
         if request is None:
             return
@@ -201,7 +201,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
         if index == WHOLE_REQUEST:
             del session.open[handle]
 
-    def _step(self, session: Session) -> pb.OutputColumns | None:
+    def _step(self, session: Stream) -> pb.OutputColumns | None:
         """One step: columns over all rows of the session, the sparse ones only where they are needed."""
         output = pb.OutputColumns()
         for row in session.rows:

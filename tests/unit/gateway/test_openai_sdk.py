@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
@@ -12,7 +14,7 @@ TEXT = "Hello 世界 👋🏽!"
 CHAT = [{"role": "user", "content": "Say hello"}]
 
 
-async def test_models(sdk: openai.AsyncOpenAI) -> None:
+async def test_models(sdk: Any) -> None:
     models = await sdk.models.list()
     assert [m.id for m in models.data] == [MODEL]
     assert (await sdk.models.retrieve(MODEL)).id == MODEL
@@ -20,7 +22,7 @@ async def test_models(sdk: openai.AsyncOpenAI) -> None:
         await sdk.models.retrieve("another")
 
 
-async def test_chat(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_chat(sdk: Any, fake: FakeScheduler) -> None:
     fake.cached_tokens = 16
     answer = await sdk.chat.completions.create(model=MODEL, messages=CHAT, temperature=0)
     assert answer.choices[0].message.content == TEXT
@@ -36,7 +38,7 @@ async def test_chat(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
 
 
 @pytest.mark.parametrize("tokens_a_step", [1, 4])
-async def test_chat_stream(sdk: openai.AsyncOpenAI, fake: FakeScheduler, tokens_a_step: int) -> None:
+async def test_chat_stream(sdk: Any, fake: FakeScheduler, tokens_a_step: int) -> None:
     fake.tokens_a_step = tokens_a_step
     stream = await sdk.chat.completions.create(
         model=MODEL, messages=CHAT, stream=True, stream_options={"include_usage": True}
@@ -52,13 +54,13 @@ async def test_chat_stream(sdk: openai.AsyncOpenAI, fake: FakeScheduler, tokens_
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-async def test_no_usage_unless_asked_for(sdk: openai.AsyncOpenAI) -> None:
+async def test_no_usage_unless_asked_for(sdk: Any) -> None:
     stream = await sdk.chat.completions.create(model=MODEL, messages=CHAT, stream=True)
     chunks = [chunk async for chunk in stream]
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
 
 
-async def test_n_samples(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_n_samples(sdk: Any, fake: FakeScheduler) -> None:
     fake.script = lambda request, index: [*ids_of(f"sample {index}"), 2]
     answer = await sdk.chat.completions.create(model=MODEL, messages=CHAT, n=3, seed=7)
     assert [c.message.content for c in answer.choices] == ["sample 0", "sample 1", "sample 2"]
@@ -71,7 +73,7 @@ async def test_n_samples(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_chat_logprobs(sdk: openai.AsyncOpenAI, fake: FakeScheduler, stream: bool) -> None:
+async def test_chat_logprobs(sdk: Any, fake: FakeScheduler, stream: bool) -> None:
     options = {"model": MODEL, "messages": CHAT, "logprobs": True, "top_logprobs": 2}
     if stream:
         chunks = [c async for c in await sdk.chat.completions.create(stream=True, **options)]
@@ -84,14 +86,14 @@ async def test_chat_logprobs(sdk: openai.AsyncOpenAI, fake: FakeScheduler, strea
     assert entries[0].token == "Hello"
 
 
-async def test_completion(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_completion(sdk: Any, fake: FakeScheduler) -> None:
     answer = await sdk.completions.create(model=MODEL, prompt="Once", echo=True)
     assert answer.choices[0].text == "Once" + TEXT
     assert list(fake.submitted[0].prompt_token_ids) == ids_of("Once")
     assert fake.submitted[0].sampling.max_tokens == 16
 
 
-async def test_completion_stream(sdk: openai.AsyncOpenAI) -> None:
+async def test_completion_stream(sdk: Any) -> None:
     stream = await sdk.completions.create(model=MODEL, prompt="Once", stream=True, echo=True)
     chunks = [chunk async for chunk in stream]
     assert "".join(c.choices[0].text for c in chunks) == "Once" + TEXT
@@ -108,7 +110,7 @@ async def test_completion_stream(sdk: openai.AsyncOpenAI) -> None:
     ],
 )
 async def test_forms_of_prompts(
-    sdk: openai.AsyncOpenAI, fake: FakeScheduler, prompt: object, expected: list[list[int]]
+    sdk: Any, fake: FakeScheduler, prompt: object, expected: list[list[int]]
 ) -> None:
     fake.script = lambda request, index: [*ids_of(f"{len(request.prompt_token_ids)}/{index}"), 2]
     answer = await sdk.completions.create(model=MODEL, prompt=prompt, n=2)  # type: ignore[call-overload]
@@ -120,7 +122,7 @@ async def test_forms_of_prompts(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_completion_logprobs_with_echo(sdk: openai.AsyncOpenAI, stream: bool) -> None:
+async def test_completion_logprobs_with_echo(sdk: Any, stream: bool) -> None:
     options = {"model": MODEL, "prompt": "A cat", "echo": True, "logprobs": 2}
     if stream:
         chunks = [c async for c in await sdk.completions.create(stream=True, **options)]
@@ -144,7 +146,7 @@ async def test_completion_logprobs_with_echo(sdk: openai.AsyncOpenAI, stream: bo
     assert any(token.startswith("bytes:\\x") for token in tokens)
 
 
-async def test_stop_strings(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_stop_strings(sdk: Any, fake: FakeScheduler) -> None:
     ids = ids_of("one two three four five")
     fake.script = lambda request, index: [*ids, *ids_of(" six" * 400), 2]
     answer = await sdk.chat.completions.create(model=MODEL, messages=CHAT, stop=["ee fo", "zzz"])
@@ -159,14 +161,14 @@ async def test_stop_strings(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> Non
     assert answer.choices[0].message.content == "one two three fo"
 
 
-async def test_one_of_several_samples_stops(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_one_of_several_samples_stops(sdk: Any, fake: FakeScheduler) -> None:
     fake.script = lambda request, index: [*ids_of(["stop here please", "go on and on"][index]), 2]
     answer = await sdk.completions.create(model=MODEL, prompt="x", n=2, stop=" here", max_tokens=50)
     assert [c.text for c in answer.choices] == ["stop", "go on and on"]
     assert [index for _, index, _ in fake.stopped] == [0]
 
 
-async def test_parameters_reach_the_scheduler(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_parameters_reach_the_scheduler(sdk: Any, fake: FakeScheduler) -> None:
     await sdk.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": [{"type": "text", "text": t} for t in ("Hi", "you")]}],
@@ -202,14 +204,14 @@ async def test_parameters_reach_the_scheduler(sdk: openai.AsyncOpenAI, fake: Fak
     assert "Hi\nyou" in await model_tokenizer().decode(request.prompt_token_ids)
 
 
-async def test_a_seed_is_minted(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_a_seed_is_minted(sdk: Any, fake: FakeScheduler) -> None:
     for _ in range(3):
         await sdk.completions.create(model=MODEL, prompt="x")
     seeds = {request.sampling.seed for request in fake.submitted}
     assert len(seeds) == 3 and max(seeds) >= 2**32, "64 bits each"
 
 
-async def test_return_token_ids(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_return_token_ids(sdk: Any, fake: FakeScheduler) -> None:
     extra = {"return_token_ids": True}
     answer = await sdk.chat.completions.create(model=MODEL, messages=CHAT, extra_body=extra)
     assert answer.choices[0].model_extra["token_ids"] == [*ids_of(TEXT), 2]
@@ -219,7 +221,7 @@ async def test_return_token_ids(sdk: openai.AsyncOpenAI, fake: FakeScheduler) ->
     assert ids == [*ids_of(TEXT), 2]
 
 
-async def test_special_tokens(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> None:
+async def test_special_tokens(sdk: Any, fake: FakeScheduler) -> None:
     """They are left out unless asked for; the token that ended the sample is never text."""
     fake.script = lambda request, index: [1, *ids_of("hi"), 2]
     options = {"model": MODEL, "prompt": "x"}
@@ -228,7 +230,7 @@ async def test_special_tokens(sdk: openai.AsyncOpenAI, fake: FakeScheduler) -> N
     assert shown.choices[0].text == "<|im_start|>hi"
 
 
-async def test_errors_of_the_sdk(sdk: openai.AsyncOpenAI) -> None:
+async def test_errors_of_the_sdk(sdk: Any) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         await sdk.chat.completions.create(model=MODEL, messages=CHAT, temperature=-1)
     assert caught.value.param == "temperature"

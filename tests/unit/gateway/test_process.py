@@ -167,7 +167,7 @@ async def test_the_end_of_one_process_ends_all(fake: FakeScheduler) -> None:
 
 
 async def _children(pid: int) -> list[int]:
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return [
         child.pid for child in psutil.Process(pid).children() if "spawn_main" in " ".join(child.cmdline())
