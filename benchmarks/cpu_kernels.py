@@ -14,6 +14,7 @@ import torch
 
 from kernels import cpu
 from kernels.attention import cache_shape, paged_attention
+from kernels.cpu.memory import empty
 from kernels.layer import Layer, LayerStack, Step
 from kernels.linear import embedding, linear, pack, silu_and_mul_linear
 from kernels.norm import rms_norm
@@ -42,8 +43,8 @@ class Model:
                 post_norm=self.norm,
                 gate_up=pack(weight(2 * INTERMEDIATE, HIDDEN)),
                 down=pack(weight(HIDDEN, INTERMEDIATE)),
-                key_cache=torch.zeros(shapes[0], dtype=dtype),
-                value_cache=torch.zeros(shapes[1], dtype=dtype),
+                key_cache=empty(shapes[0], dtype).zero_(),
+                value_cache=empty(shapes[1], dtype).zero_(),
                 num_heads=HEADS,
                 eps=1e-5,
                 scale=DIM**-0.5,

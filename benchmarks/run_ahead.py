@@ -144,7 +144,7 @@ def main() -> None:
             rows.append(summarize(client, depth, times, given.rows))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=2))
+        given.json.write_text(json.dumps({"runs": rows}, indent=2))
     ours = [row for row in rows if row["depth"] == 2]
     met = all(row["idle_p50_ms"] <= MAX_P50_MS and row["idle_p99_ms"] <= MAX_P99_MS for row in ours)
     print(f"bar at D = 2: p50 <= {MAX_P50_MS} ms, p99 <= {MAX_P99_MS} ms: {'met' if met else 'MISSED'}")

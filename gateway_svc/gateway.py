@@ -164,7 +164,8 @@ class Gateway:
     def finish(self, call: Call, job: Job | None, error: GatewayError | None) -> None:
         """Account for a call that is over, however it ended. What still runs of it is stopped."""
         generations = job.generations if job is not None else []
-        left = job is not None and (job.cancelled or not (job.ended or error))
+        # Without a job and without an error, it was cancelled while its prompt was being tokenized.
+        left = error is None if job is None else job.cancelled or not (job.ended or error)
         if job is not None and not job.ended:
             self._release(job)
         if left:

@@ -42,12 +42,14 @@ class Runner:
 
     def _iterate(self, batch: Batch, outputs: StepOutputs) -> None:
         rows = self._rows
-        states = self._model.forward(rows.gather(batch))
+        hidden, delta = self._model.forward(*rows.gather(batch, self._model.rotations))
         rows.advance(batch)
         if not batch.num_logprobs:  # only chunks that end before their prompts do
             return
-        index = None if batch.chunks is None else batch.chunks.sample_index
-        sampled = self._sample(self._model.logits(states, index), batch)
+        if batch.chunks is not None:
+            index = batch.chunks.sample_index
+            hidden, delta = hidden.index_select(0, index), delta.index_select(0, index)
+        sampled = self._sample(self._model.logits(hidden, delta), batch)
         outputs.drawn.append(rows.accept(batch, sampled))
         outputs.logprobs.append(sampled.logprobs)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.models.llama import ForwardInputs
 from gpu_worker.sampler import FLOATS, INTEGERS, MAX_BIAS, MAX_STOP_IDS
 from gpu_worker.staging import Batch, Diff, Limits, NewRows
 from kernels.blocks import copy_blocks
+from kernels.layer import Step
 from kernels.sample import Sampled, SamplingColumns, ended
 
 # What became of a sampling row in one iteration. Positive ones are the wire's RowEnd.
@@ -82,8 +82,9 @@ class Rows:
             self.tokens[slot, : len(tokens)].copy_(tokens)
             self.block_tables[slot, : len(blocks)].copy_(blocks)
 
-    def gather(self, batch: Batch) -> ForwardInputs:
-        """The inputs of one forward: each row's next tokens, their places, and the rows' block tables."""
+    def gather(self, batch: Batch, cos_sin: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        """The inputs of one forward: each row's next tokens (int32[T]), their places, and the rows' block
+        tables; `cos_sin` is the model's table of rotations."""
         slots, width = batch.slots, batch.table_width
         live = self.done.index_select(0, slots).logical_not_()
         # A row that is done looks at position 0 only, which is in its table whatever became of the rest.
@@ -101,8 +102,8 @@ class Rows:
         entries = rows * width + positions.div(self._block_size, rounding_mode="floor")
         blocks = tables.view(-1).index_select(0, entries)
         places = blocks.to(torch.int64).mul_(self._block_size).add_(positions.remainder(self._block_size))
-        return ForwardInputs(
-            token_ids=token_ids,
+        return token_ids, Step(
+            cos_sin=cos_sin,
             positions=positions,
             slot_mapping=places.masked_fill_(live.logical_not_(), -1),
             block_tables=tables,

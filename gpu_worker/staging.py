@@ -8,7 +8,7 @@ next step there, so that a step can be staged while nobody has read the one befo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -163,25 +163,14 @@ class Staging:
             self._device[i][:n].copy_(self._host[i][:n], non_blocking=True)
 
 
-@dataclass
 class _HostRows:
-    """What the host knows of each slot."""
+    """What the host knows of each slot; `biased` are slots whose bias columns are not clear."""
 
-    num_slots: int
-    used: np.ndarray = field(init=False)
-    num_tokens: np.ndarray = field(init=False)
-    num_computed: np.ndarray = field(init=False)
-    num_blocks: np.ndarray = field(init=False)
-    traits: np.ndarray = field(init=False)
-    num_logprobs: np.ndarray = field(init=False)
-    biased: np.ndarray = field(init=False)
-    """Slots whose bias columns are not clear, from this row or one before it."""
-
-    def __post_init__(self) -> None:
-        self.used, self.biased = (np.zeros(self.num_slots, dtype=bool) for _ in range(2))
-        self.num_tokens, self.num_computed, self.num_blocks, self.traits, self.num_logprobs = (
-            np.zeros(self.num_slots, dtype=np.int64) for _ in range(5)
-        )
+    def __init__(self, num_slots: int, biased: np.ndarray | None = None) -> None:
+        self.used = np.zeros(num_slots, dtype=bool)
+        self.biased = np.zeros(num_slots, dtype=bool) if biased is None else biased
+        columns = np.zeros((5, num_slots), dtype=np.int64)
+        self.num_tokens, self.num_computed, self.num_blocks, self.traits, self.num_logprobs = columns
 
 
 class Stager:
@@ -196,9 +185,7 @@ class Stager:
 
     def clear(self) -> None:
         """Forget every row; the device's bias columns keep what they hold, so that is remembered."""
-        biased = self._rows.biased
-        self._rows = _HostRows(self._limits.max_slots)
-        self._rows.biased = biased
+        self._rows = _HostRows(self._limits.max_slots, self._rows.biased)
 
     def stage(self, step: worker_pb2.Step) -> tuple[Diff, Batch]:
         """Check a step and pack it. The tensors hold good until the ring comes round.

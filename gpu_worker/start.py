@@ -20,7 +20,6 @@ from gpu_worker.hub_client import HubClient
 from gpu_worker.kv_cache import KVCache, block_bytes
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.models.config import ModelConfig, ModelError
-from gpu_worker.models.layers import Placement
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import ModelFiles, open_model
 from gpu_worker.runner import Runner
@@ -81,7 +80,8 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
             files.config,
             files.weights(),
             cache,
-            Placement(dtype, device),
+            dtype=dtype,
+            device=device,
             vocab_size=files.vocab_size,
             max_len=limits.max_len,
         )

@@ -97,7 +97,7 @@ def paged_attention(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    tokens, num_heads, dim = q.shape
+    _, num_heads, dim = q.shape
     num_kv_heads, block_size = check_caches(key_cache, value_cache, q.dtype, dim)
     rows = seq_lens.shape[0]
     if num_heads % num_kv_heads or q.stride()[1:] != (dim, 1):

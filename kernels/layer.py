@@ -231,7 +231,7 @@ def forward_reference(
     layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor
 ) -> torch.Tensor:
     """`LayerStack.forward` in calls of the single operations, each of which finds its own implementation."""
-    delta = None
+    delta: torch.Tensor | None = None
     for layer in layers:
         _, num_kv_heads, _, dim = layer.value_cache.shape
         if delta is None:
@@ -246,8 +246,9 @@ def forward_reference(
             head_rms_norm(k, layer.k_norm, layer.eps, out=k)
         caches = (layer.key_cache, layer.value_cache)
         rope_and_cache(q, k, v, step.cos_sin, step.positions, *caches, step.slot_mapping)
-        rows = (step.block_tables, step.query_start, step.seq_lens, layer.scale)
-        attended = paged_attention(q, *caches, *rows, sliding_window=layer.sliding_window)
+        rows = (step.block_tables, step.query_start, step.seq_lens)
+        attended = paged_attention(q, *caches, *rows, layer.scale, sliding_window=layer.sliding_window)
         normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
         delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
+    assert delta is not None, "a stack has at least one layer"
     return out.copy_(delta)

@@ -7,6 +7,7 @@ import torch
 
 from kernels.activation import silu_and_mul_reference
 from kernels.cpu.functions import function, i32, i64, ptr
+from kernels.cpu.memory import empty
 
 FLOATS = (torch.float32, torch.bfloat16)
 
@@ -117,7 +118,7 @@ def pack(
         return PackedLinear((n, k), weight.dtype, out_dtype, weight.contiguous(), bias, is_packed=False)
     columns = _c_columns()()
     words = k if weight.dtype is torch.float32 else -(-k // 2)
-    data = torch.empty(-(-n // columns) * columns * words, dtype=torch.float32)
+    data = empty((-(-n // columns) * columns * words,), torch.float32)
     packed = PackedLinear((n, k), weight.dtype, out_dtype, data, bias, is_packed=True)
     c(packed.address, weight.data_ptr(), weight.stride(0))
     return packed

@@ -202,6 +202,7 @@ class SchedulerService:
         log = self._log.bind(client=first.hello.client_name, session=outbox.number)
         log.info("session_opened", peer=context.peer())
         try:
+            await outbox.stream.open(context)
             await outbox.stream.run(self._read(outbox, context), self._write(outbox, context))
         finally:
             del self._gateways[outbox.number]
@@ -248,6 +249,7 @@ class SchedulerService:
                 outbox.submit(0, request)
             except SchedulerError as error:
                 await abort(context, error)
+            await outbox.stream.open(context)
             await outbox.stream.run(self._write_one(outbox, context))
         finally:
             outbox.close()

@@ -32,6 +32,14 @@ class StreamCut:
         """Why the stream was cut; empty while it lives."""
         return self._future.result()[1] if self._future.done() else ""
 
+    async def open(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Send the headers; before anything else is sent.
+
+        A first write would carry them, and a status that overtakes that write would carry them again, which
+        gRPC refuses: the peer would never hear of the end.
+        """
+        await context.send_initial_metadata(())
+
     async def run(self, *halves: Coroutine[Any, Any, None]) -> None:
         """Run `halves` until one of them returns or `cut` is called."""
         tasks = [asyncio.create_task(half) for half in halves]

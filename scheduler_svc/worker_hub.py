@@ -114,6 +114,7 @@ class WorkerHub:
             self._log.warning("worker_refused", peer=context.peer(), reason=str(error))
             await abort(context, error)
         try:
+            await rank.stream.open(context)
             await rank.stream.run(self._read(group, rank, context), rank.write(context))
         finally:
             reason = rank.stream.reason or "the stream ended"

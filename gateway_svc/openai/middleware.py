@@ -11,7 +11,7 @@ from gateway_svc.metrics import Metrics
 from gateway_svc.openai import replies
 from gateway_svc.openai.responses import JsonReply
 
-OPEN_ROUTES = frozenset(["/health", "/ping"])
+OPEN_ROUTES = frozenset(["/health", "/ping", "/ready"])
 
 
 class CountRequests:

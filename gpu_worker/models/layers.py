@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from gpu_worker.models.config import ModelConfig
@@ -12,23 +10,17 @@ from kernels.layer import Layer
 from kernels.linear import PackedLinear, pack
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How and where tensors are kept."""
-
-    dtype: torch.dtype
-    device: torch.device
-
-
 class LayerLoader:
     """Takes tensors from a source and puts them into the kernels' layout, one layer at a time."""
 
-    def __init__(self, config: ModelConfig, weights: WeightSource, placement: Placement) -> None:
-        self._config, self._weights, self._placement = config, weights, placement
+    def __init__(
+        self, config: ModelConfig, weights: WeightSource, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config, self._weights, self._dtype, self._device = config, weights, dtype, device
 
     def tensor(self, name: str, *shape: int) -> torch.Tensor:
         """A tensor in the model's dtype, on its device. Raises ModelError."""
-        return self._weights.take(name, shape).to(self._placement.device, self._placement.dtype)
+        return self._weights.take(name, shape).to(self._device, self._dtype)
 
     def matrix(self, name: str, num_rows: int, num_columns: int, keep: int) -> PackedLinear:
         """The first `keep` rows of a matrix over the vocabulary; products with it are float32 logits."""

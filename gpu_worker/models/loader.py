@@ -1,4 +1,4 @@
-"""From files to named tensors: safetensors folders here, GGUF in `gguf.py`, random weights in `dummy.py`.
+"""From files to named tensors: safetensors folders and random weights here, GGUF in `gguf.py`.
 
 A `WeightSource` hands out each tensor once, checked against the shape that the model expects, and at the end
 says what the files hold that the model has no place for: both are errors, because a model that is nearly
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +80,24 @@ class StoredWeights:
             raise ModelError(f"{stored.file}: tensor {name} has no place in this architecture{more}")
 
 
+class DummyWeights:
+    """A `WeightSource` that draws each tensor from its name and a seed, whatever the order of taking."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._std = config.initializer_range
+        self._seed = seed
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Ones for norms, else normal numbers, float32."""
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        return torch.empty(shape).normal_(0.0, self._std, generator=generator)
+
+    def finish(self) -> None:
+        """Nothing can be left over."""
+
+
 @dataclass(frozen=True)
 class ModelFiles:
     """A model as it lies on disk, opened but not read."""
@@ -124,7 +143,6 @@ def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
     else:
         raise ModelError(f"{path} is neither a folder nor a .gguf file")
     if load_format == "dummy":
-        from gpu_worker.models.dummy import DummyWeights
 
         def weights() -> WeightSource:
             return DummyWeights(config, seed)

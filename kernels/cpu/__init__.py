@@ -12,8 +12,8 @@ __all__ = ["bf16_is_native", "library", "set_threads", "threads"]
 def bf16_is_native() -> bool:
     """Whether the processor multiplies bfloat16 itself (AVX512_BF16).
 
-    Where it does not, torch is many times slower in bfloat16 than in float32. The C kernels are not: they widen
-    bfloat16 as they load it, so it costs the same work and half the memory on any processor.
+    Where it does not, torch is many times slower in bfloat16 than in float32. The C kernels are not: they
+    widen bfloat16 as they load it, so it costs the same work and half the memory on any processor.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -2,7 +2,7 @@
 
 #include "threads.h"
 
-#define TASK_ELEMENTS 16384
+#define TASK_ELEMENTS 4096
 
 typedef struct {
     const void *x; /* [rows][2 * dim]: gate, then up */

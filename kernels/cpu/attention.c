@@ -118,7 +118,6 @@ INLINE void weigh_lines(const int rows, const int lines, const int bf16, const t
         const float *weights = t->scores + (token - part);
         for (int32_t i = 0; i < n; i++, v += c->head_dim * (bf16 ? 2 : 4), weights++) {
             vf values[4];
-#pragma GCC unroll 4
             for (int l = 0; l < lines * (bf16 ? 1 : 2); l++)
                 __builtin_prefetch(v + distance + l * 4 * VL, 0, 2);
 #pragma GCC unroll 2

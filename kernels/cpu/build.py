@@ -89,7 +89,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    first = {}
+    first: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(":")
         if name.strip() in names:

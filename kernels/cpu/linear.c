@@ -17,7 +17,7 @@
  * calls of the inner kernel. */
 #define SUM_BLOCK 640
 /* How far ahead of its use a weight is asked for. */
-#define PREFETCH_BYTES 2048
+#define PREFETCH_BYTES 4096
 
 /* Bytes of a panel for one step: a k, or a pair of them. */
 #define LINE ((int64_t)(2 * sizeof(vf)))
@@ -184,8 +184,8 @@ static void run_block(const pagoda_linear *w, const float *x, int64_t rows, int6
 
 /* Several blocks of rows times one panel. The first block widens the weights for the others, and each fetches its
  * share of the next panel. */
-static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int64_t p, void *out,
-                       int64_t out_stride) {
+static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int64_t p, int64_t next_panel,
+                       void *out, int64_t out_stride) {
     split s = split_rows(rows);
     int64_t bytes = panel_bytes(w), row_floats = groups_of(w->k) * X_GROUP, block = sum_block(w->k);
     vf totals[MANY_ROWS][2];
@@ -198,7 +198,7 @@ static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int
         for (int64_t b = 0; b < s.blocks; b++) {
             int64_t row = block_start(s, b), count = block_start(s, b + 1) - row;
             int is_kept = w->bf16 && b > 0;
-            prefetch ahead = {weights + bytes + b * share, share / (is_kept || !w->bf16 ? k : (k + 1) / 2)};
+            prefetch ahead = {weights + (next_panel - p) * bytes + b * share, share / (is_kept || !w->bf16 ? k : (k + 1) / 2)};
             multiply_fn *fn = by_rows[!w->bf16 || is_kept ? WEIGHTS_FLOAT : WEIGHTS_BF16_KEPT][count - 1];
             fn(x + row * row_floats + count * k0, is_kept ? (const char *)kept : weights, bytes, k, ahead, kept,
                totals + row);
@@ -207,15 +207,16 @@ static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int
     write_rows(w, totals, rows, p, 1, out, out_stride);
 }
 
-/* All rows of consecutive x panels times the weight panels [first, last). */
-static void run_panels(const pagoda_linear *w, const float *x, int64_t rows, int64_t first, int64_t last, void *out,
-                       int64_t out_stride) {
+/* All rows of consecutive x panels times the weight panels [first, last); `next` is the panel that this thread is
+ * likely to do after them. */
+static void run_panels(const pagoda_linear *w, const float *x, int64_t rows, int64_t first, int64_t last,
+                       int64_t next, void *out, int64_t out_stride) {
     for (int64_t p = first; p < last;) {
         int64_t panels = rows <= 2 && p + WIDE_PANELS <= last ? WIDE_PANELS : 1;
         if (rows <= MAX_ROWS)
             run_block(w, x, rows, p, panels, out, out_stride);
         else
-            run_blocks(w, x, rows, p, out, out_stride);
+            run_blocks(w, x, rows, p, p + 1 < last ? p + 1 : next, out, out_stride);
         p += panels;
     }
 }
@@ -275,7 +276,10 @@ static void load_task(void *arg, int task) {
 static void columns_task(void *arg, int task) {
     const job *j = arg;
     int64_t first = task * j->task_size, last = first + j->task_size, end = num_panels(j->w);
-    run_panels(j->w, j->panels, j->rows, first, last < end ? last : end, j->out, j->out_stride);
+    /* Threads that keep pace take turns. */
+    int64_t next = last + (pagoda_threads() - 1) * j->task_size;
+    run_panels(j->w, j->panels, j->rows, first, last < end ? last : end, next < end ? next : first, j->out,
+               j->out_stride);
 }
 
 static void rows_task(void *arg, int task) {
@@ -289,7 +293,7 @@ static void rows_task(void *arg, int task) {
         int64_t row = block_start(s, b);
         load_block(j, first + row, block_start(s, b + 1) - row, panels + row * row_floats);
     }
-    run_panels(j->w, panels, rows, 0, num_panels(j->w), at_mut(j->out, first * j->out_stride, j->w->out_bf16),
+    run_panels(j->w, panels, rows, 0, num_panels(j->w), 0, at_mut(j->out, first * j->out_stride, j->w->out_bf16),
               j->out_stride);
 }
 
@@ -302,7 +306,7 @@ static void run_few_rows(job *j) {
     else
         pagoda_parallel(load_task, j, blocks);
     /* Small enough that the last task of one thread is not long waited for, large enough to be worth a claim. */
-    int64_t task_bytes = j->rows <= 2 ? 96 * 1024 : 32 * 1024;
+    int64_t task_bytes = j->rows <= MAX_ROWS ? 96 * 1024 : 32 * 1024;
     j->task_size = (task_bytes + panel_bytes(w) - 1) / panel_bytes(w);
     if (j->rows <= 2)
         j->task_size = (j->task_size + WIDE_PANELS - 1) / WIDE_PANELS * WIDE_PANELS;

@@ -5,7 +5,7 @@
 #include "threads.h"
 
 /* Elements that are worth a task of their own. */
-#define TASK_ELEMENTS 16384
+#define TASK_ELEMENTS 4096
 
 /* One head of one token. As in transformers, the sum with the residual and the normed value are each rounded to the
  * type before they are used; the statistics are floats. */

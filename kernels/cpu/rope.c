@@ -2,7 +2,7 @@
 
 #include "threads.h"
 
-#define TASK_ELEMENTS 16384
+#define TASK_ELEMENTS 4096
 
 /* src rotated into dst: halves (a, b) become (a cos - b sin, b cos + a sin). */
 INLINE void rotate(const void *src, void *dst, const float *cos_sin, int dim, const int bf16) {
@@ -24,13 +24,17 @@ INLINE void run_token(const pagoda_rope *r, int64_t t, const int bf16) {
     const pagoda_cache *c = &r->cache;
     int dim = c->head_dim, size = c->block_size, words = dim / (bf16 ? 2 : 1);
     const float *cos_sin = r->cos_sin + (int64_t)r->positions[t] * dim;
+    int64_t block = r->slots[t] / size, offset = r->slots[t] % size;
+    /* A key is spread over many cache lines: they come while the queries are rotated. */
+    for (int h = 0; r->slots[t] >= 0 && h < c->num_kv_heads; h++)
+        for (int d = 0; d < words; d++)
+            __builtin_prefetch(head_keys(c, block, h) + ((int64_t)d * size + offset) * 4, 1);
     for (int h = 0; h < r->num_heads; h++) {
         void *q = at_mut(r->q, t * r->q_stride + (int64_t)h * dim, bf16);
         rotate(q, q, cos_sin, dim, bf16);
     }
     if (r->slots[t] < 0)
         return;
-    int64_t block = r->slots[t] / size, offset = r->slots[t] % size;
     uint32_t key[words];
     for (int h = 0; h < c->num_kv_heads; h++) {
         rotate(at(r->k, t * r->k_stride + (int64_t)h * dim, bf16), key, cos_sin, dim, bf16);

@@ -7,6 +7,7 @@ A plan is made from counts, not values: a row that decodes will have one more to
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import islice
 
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
@@ -160,6 +161,8 @@ class Scheduler:
             worker.running.pop(group.key, None)
             worker.gathering.pop(group.key, None)
         del self.groups[group.key]
+        # A group and its samples refer to each other; cut, they go at once and not at a collection.
+        group.samples = []
         name = reason.name.lower()
         self.stats.finished[name] = self.stats.finished.get(name, 0) + 1
         self._session(group.session).ended.append(end)
@@ -239,7 +242,7 @@ class Scheduler:
             start += count
             entries = []
             if event.logprobs and sequence.group.samplings[sequence.index].num_logprobs is not None:
-                entries = [next(logprobs) for _ in new]
+                entries = list(islice(logprobs, count))
             if sequence.finish is not None or not (count or row in ended):
                 continue  # it ended before; what the step drew for it is discarded
             history = sequence.tokens

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from tests.support.cluster_sched import Process
+
 
 def scrape(url: str, token: str = "") -> str:
     """The text behind `url`."""
@@ -16,6 +18,13 @@ def scrape(url: str, token: str = "") -> str:
         request.add_header("authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=30) as reply:
         return str(reply.read().decode())
+
+
+def worker_url(worker: Process) -> str:
+    """Where a worker of a `cluster` serves its metrics."""
+    arguments = worker.popen.args
+    assert isinstance(arguments, list)
+    return f"http://127.0.0.1:{arguments[arguments.index('--metrics-port') + 1]}/metrics"
 
 
 def samples(text: str, name: str, **labels: str) -> Iterator[Sample]:

@@ -81,6 +81,11 @@ class Supervised:
         """Whether a program has logged such an event."""
         return any(entry["event"] == event for entry in self.log(program))
 
+    def num_replayed(self) -> int:
+        """Requests so far that ended after they had lost a worker."""
+        ends = (entry for entry in self.log("scheduler") if entry["event"] == "request_end")
+        return sum(end["num_replays"] > 0 for end in ends)
+
 
 @contextlib.contextmanager
 def supervised(
@@ -165,7 +170,10 @@ class Streams:
 async def disturb(
     cluster: Supervised, cases: Sequence[Case], disturbance: Callable[[Streams], Awaitable[None]], salt: str
 ) -> Run:
-    """Run all cases at once while `disturbance` does its worst; `salt` keeps them off other runs' prefixes."""
+    """Run all cases at once while `disturbance` does its worst.
+
+    `salt` keeps them off the prefixes of other runs.
+    """
     requests = [case.request() for case in cases]
     for item in requests:
         item.cache_salt = salt

@@ -75,7 +75,7 @@ def test_files_and_functions_stay_readable() -> None:
 
 
 def code_lines(path: Path) -> int:
-    """Lines that hold code: no blank ones, comments or docstrings (docs/adr/0005-what-counts-as-a-line.md)."""
+    """Lines that hold code: no blank ones, comments or docstrings (docs/adr/0005)."""
     text = path.read_text()
     documented: set[int] = set()
     for node in ast.walk(ast.parse(text)):

@@ -172,6 +172,24 @@ async def test_cancel_and_deadline_stop_the_request(stub: Any, fake: FakeSchedul
     await until(lambda: ("late", 0xFFFFFFFF, 2) in fake.stopped and fake.num_live_rows == 0)
 
 
+async def test_a_call_that_is_cancelled_while_its_prompt_is_tokenized_is_counted(
+    stub: Any, server: GatewayServer, fake: FakeScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def endless(*_: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("gateway_svc.text.tokenizer.ModelTokenizer.encode_all", endless)
+    call = stub.Generate(pb.GenerateRequest(text="x"))
+    await asyncio.wait_for(begun.wait(), 20)
+    call.cancel()
+    counted = b'pagoda:requests_cancelled_total{model_name="test-model"} 1.0'
+    await until(lambda: counted in server.gateway.metrics.expose())
+    assert not fake.submitted
+
+
 async def test_a_slow_reader_gets_bigger_pieces(stub: Any, fake: FakeScheduler) -> None:
     ids = ids_of(" some words" * 2000)
     fake.script = lambda request, index: list(ids)

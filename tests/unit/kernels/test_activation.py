@@ -35,9 +35,9 @@ def test_strided_input_and_output(dtype, randn):
 
 
 def test_errors_name_the_argument(randn):
-    with pytest.raises(ValueError, match="^gate_up must"):
+    with pytest.raises(ValueError, match=r"^gate_up must"):
         silu_and_mul(randn(2, 7))
-    with pytest.raises(ValueError, match="^gate_up must"):
+    with pytest.raises(ValueError, match=r"^gate_up must"):
         silu_and_mul(randn(2, 8).half())
-    with pytest.raises(ValueError, match="^out must"):
+    with pytest.raises(ValueError, match=r"^out must"):
         silu_and_mul(randn(2, 8), out=randn(2, 8))

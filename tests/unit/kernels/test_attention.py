@@ -152,7 +152,7 @@ def test_errors_name_the_argument(paged, randn):
     }.items():
         with pytest.raises(ValueError, match=f"^{name} must"):
             call(**{name: bad})
-    with pytest.raises(ValueError, match="^dtype must"):
+    with pytest.raises(ValueError, match=r"^dtype must"):
         cache_shape(1, 1, 16, 64, torch.float16)
-    with pytest.raises(ValueError, match="^head_dim must"):
+    with pytest.raises(ValueError, match=r"^head_dim must"):
         cache_shape(1, 1, 16, 63, torch.float32)

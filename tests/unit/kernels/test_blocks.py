@@ -24,11 +24,11 @@ def test_nothing_to_copy():
 
 def test_errors_name_the_argument():
     cache, one = torch.zeros(3, 4), torch.tensor([1])
-    with pytest.raises(ValueError, match="^src must"):
+    with pytest.raises(ValueError, match=r"^src must"):
         copy_blocks([cache], one.int(), one)
-    with pytest.raises(ValueError, match="^dst must"):
+    with pytest.raises(ValueError, match=r"^dst must"):
         copy_blocks([cache], one, torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="^caches must"):
+    with pytest.raises(ValueError, match=r"^caches must"):
         copy_blocks([cache.t()], one, one)
-    with pytest.raises(ValueError, match="^src and dst must"):
+    with pytest.raises(ValueError, match=r"^src and dst must"):
         copy_blocks([cache], one, torch.tensor([3]))

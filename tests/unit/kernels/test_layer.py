@@ -120,9 +120,9 @@ def test_a_token_does_not_depend_on_its_batch(dtype, randn):
 
 def test_errors_name_the_argument(randn):
     stack = LayerStack([make_layer(randn, torch.float32)])
-    with pytest.raises(ValueError, match="^hidden must"):
+    with pytest.raises(ValueError, match=r"^hidden must"):
         stack.forward(randn(20, HIDDEN + 1), make_step())
-    with pytest.raises(ValueError, match="^out must"):
+    with pytest.raises(ValueError, match=r"^out must"):
         stack.forward(randn(20, HIDDEN), make_step(), out=randn(19, HIDDEN))
     for name, bad in {
         "positions": torch.zeros(20, dtype=torch.int64),

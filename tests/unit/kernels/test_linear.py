@@ -105,7 +105,7 @@ def test_embedding_refuses_unknown_ids(randn):
     packed = pack(randn(10, 8))
     for bad in (-1, 10):
         if cpu.library() is not None:
-            with pytest.raises(IndexError, match="ids"):
+            with pytest.raises(IndexError, match=r"ids"):
                 embedding(torch.tensor([1, bad]), packed)
 
 
@@ -120,19 +120,19 @@ def test_nothing_to_do(dtype, randn):
 
 def test_errors_name_the_argument(randn):
     packed = pack(randn(16, 8))
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         linear(randn(2, 9), packed)
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         linear(randn(2, 8, dtype=torch.bfloat16), packed)
-    with pytest.raises(ValueError, match="^gate_up must"):
+    with pytest.raises(ValueError, match=r"^gate_up must"):
         silu_and_mul_linear(randn(2, 8), packed)
-    with pytest.raises(ValueError, match="^out must"):
+    with pytest.raises(ValueError, match=r"^out must"):
         linear(randn(2, 8), packed, out=randn(3, 16))
-    with pytest.raises(ValueError, match="^weight must"):
+    with pytest.raises(ValueError, match=r"^weight must"):
         pack(randn(4, 4).half())
-    with pytest.raises(ValueError, match="^bias must"):
+    with pytest.raises(ValueError, match=r"^bias must"):
         pack(randn(4, 4), randn(5))
-    with pytest.raises(ValueError, match="^out_dtype must"):
+    with pytest.raises(ValueError, match=r"^out_dtype must"):
         pack(randn(4, 4), out_dtype=torch.float16)
-    with pytest.raises(ValueError, match="^ids must"):
+    with pytest.raises(ValueError, match=r"^ids must"):
         embedding(torch.zeros(2, 2, dtype=torch.int64), packed)

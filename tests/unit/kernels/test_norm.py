@@ -57,17 +57,17 @@ def test_heads_of_a_fused_projection(dtype, threads, randn, close):
 
 def test_errors_name_the_argument(randn):
     x, weight = randn(2, 8), randn(8)
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         rms_norm(x.half(), weight.half(), EPS)
-    with pytest.raises(ValueError, match="^weight must"):
+    with pytest.raises(ValueError, match=r"^weight must"):
         rms_norm(x, randn(9), EPS)
-    with pytest.raises(ValueError, match="^residual must"):
+    with pytest.raises(ValueError, match=r"^residual must"):
         rms_norm(x, weight, EPS, randn(3, 8))
-    with pytest.raises(ValueError, match="^out must"):
+    with pytest.raises(ValueError, match=r"^out must"):
         rms_norm(x, weight, EPS, out=randn(2, 9))
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         head_rms_norm(randn(2, 3, 16)[:, :, :8], weight, EPS)
-    with pytest.raises(ValueError, match="^weight must"):
+    with pytest.raises(ValueError, match=r"^weight must"):
         head_rms_norm(randn(2, 3, 8), randn(9), EPS)
-    with pytest.raises(ValueError, match="^out must"):
+    with pytest.raises(ValueError, match=r"^out must"):
         head_rms_norm(randn(2, 3, 8), weight, EPS, out=randn(2, 3, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -163,6 +164,19 @@ async def test_a_gateway_that_breaks_the_protocol_is_cut(
         await client.call.write(message)
         assert await client.ended_with() is grpc.StatusCode.INVALID_ARGUMENT
     await until(lambda: not serving.engine.sinks)
+
+
+async def test_a_gateway_that_is_cut_at_once_hears_of_it(local: LocalScheduler) -> None:
+    """The status may overtake the answer to hello."""
+    for _ in range(50):
+        call = local.scheduler.Session()
+        await call.write(pb.SessionRequest(hello=pb.SessionHello()))
+        await call.write(pb.SessionRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as cut:
+            async with asyncio.timeout(20):
+                while await call.read() is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                    pass
+        assert cut.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_hello_comes_first(local: LocalScheduler) -> None:

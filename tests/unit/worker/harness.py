@@ -11,8 +11,7 @@ import torch
 import transformers
 
 from gpu_worker.kv_cache import KVCache
-from gpu_worker.models.layers import Placement
-from gpu_worker.models.llama import Llama, States
+from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import open_model
 from gpu_worker.output import collect
 from gpu_worker.runner import Runner, StepOutputs
@@ -116,7 +115,8 @@ class Device:
             self.files.config,
             self.files.weights(),
             self.cache,
-            Placement(dtype, CPU),
+            dtype=dtype,
+            device=CPU,
             vocab_size=self.files.vocab_size,
             max_len=self.limits.max_len,
         )
@@ -126,8 +126,8 @@ class Device:
         self.logits: list[torch.Tensor] = []
         compute = self.model.logits
 
-        def recorded(states: States, index: torch.Tensor | None) -> torch.Tensor:
-            self.logits.append(compute(states, index).clone())
+        def recorded(hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+            self.logits.append(compute(hidden, delta).clone())
             return self.logits[-1]
 
         self.model.logits = recorded  # type: ignore[method-assign]
