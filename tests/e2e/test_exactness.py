@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler_svc import record
 from tests.support import figures
 from tests.support.cluster import cluster
 from tests.support.data import Prompt, model_folder, prompts
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.timeout(scaled(300, 3600))
 
 AT_ONCE = scaled(6, 32)
 NUM_SAMPLES = 3
-MORE_THAN_PREEMPTIONS = scaled(0, 20)
 ROOMY = ("--num-blocks", "4096")  # holds the whole set: sampled requests find the greedy ones' prompts
 TIGHT = ("--num-blocks", scaled("28", "160"))  # the longest request needs 98 blocks, the quick slice's 17
 
@@ -58,21 +58,34 @@ class Setting:
     worker: tuple[str, ...] = ROOMY
 
 
-SETTINGS = [
+CHUNKS = ("--max-batched-tokens", "60")
+FAR = ("--horizon-ms", "100000")
+FOUR = ("--max-horizon", "4", *ROOMY)
+EACH_ALONE = [
     Setting("prefix cache on", lambda facts: facts.cached_tokens > 0),
     Setting("prefix cache off", lambda facts: facts.cached_tokens == 0, ("--no-prefix-cache",)),
-    Setting("60-token chunks", lambda facts: facts.most_tokens == 60, ("--max-batched-tokens", "60")),
-    Setting("preemptions", lambda facts: facts.preemptions > MORE_THAN_PREEMPTIONS, worker=TIGHT),
+    Setting("60-token chunks", lambda facts: facts.most_tokens == 60, CHUNKS),
+    Setting("preemptions", lambda facts: facts.preemptions > 20, worker=TIGHT),
     Setting("D = 1", lambda facts: facts.most_inflight == 1, ("--max-inflight", "1")),
     Setting("D = 2", lambda facts: facts.most_inflight == 2, ("--max-inflight", "2")),
     Setting("D = 3", lambda facts: facts.most_inflight == 3, ("--max-inflight", "3")),
     Setting("m = 1", lambda facts: facts.most_iterations == 1, ("--horizon-ms", "0")),
+    Setting("m = 4", lambda facts: facts.most_iterations == 4, FAR, FOUR),
+]
+IN_FEW_RUNS = [
+    Setting("prefix cache on, D = 2", lambda f: f.cached_tokens > 0 and f.most_inflight == 2),
     Setting(
-        "m = 4",
-        lambda facts: facts.most_iterations == 4,
-        ("--horizon-ms", "100000"),
-        ("--max-horizon", "4", *ROOMY),
+        "prefix cache off, D = 3, m = 1",
+        lambda f: not f.cached_tokens and f.most_inflight == 3 and f.most_iterations == 1,
+        ("--no-prefix-cache", "--max-inflight", "3", "--horizon-ms", "0"),
     ),
+    Setting(
+        "60-token chunks, D = 1",
+        lambda f: f.most_tokens == 60 and f.most_inflight == 1,
+        (*CHUNKS, "--max-inflight", "1"),
+    ),
+    Setting("preemptions", lambda f: f.preemptions > 0, worker=TIGHT),
+    Setting("m = 4", lambda f: f.most_iterations == 4, FAR, FOUR),
 ]
 
 
@@ -89,7 +102,7 @@ def test_one_by_one() -> None:
     figures.record("exactness", setting="one by one", prompts=len(cases), **differences.figures())
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", scaled(IN_FEW_RUNS, EACH_ALONE), ids=lambda setting: setting.name)
 def test_no_setting_changes_a_token(setting: Setting, tmp_path: Path) -> None:
     cases = greedy(chosen()) + sampled(chosen())
     recorded = tmp_path / "record"
@@ -109,6 +122,7 @@ def test_no_setting_changes_a_token(setting: Setting, tmp_path: Path) -> None:
         most_iterations=max(plans.horizons),
     )
     assert setting.took_effect(facts), facts
+    record.replay(recorded)
     differences = check(cases, got.tokens)
     figures.record(
         "exactness",
@@ -123,11 +137,10 @@ def test_no_setting_changes_a_token(setting: Setting, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "scheduler_args", "worker_args"),
     [
-        ("roomy", (), ROOMY),
-        ("preempted", ("--max-batched-tokens", "60"), ("--num-blocks", scaled("20", "56"))),
-        ("m = 4", ("--horizon-ms", "100000"), ("--max-horizon", "4", *ROOMY)),
+        ("roomy", FAR, FOUR),
+        ("preempted", CHUNKS, ("--num-blocks", scaled("20", "56"))),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["roomy", "preempted"],
 )
 def test_each_sample_of_a_group_is_the_single_request_with_its_seed(
     name: str, scheduler_args: tuple[str, ...], worker_args: tuple[str, ...]

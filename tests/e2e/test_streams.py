@@ -70,12 +70,12 @@ async def ask(url: str, body: dict[str, Any]) -> Answer:
 
 async def drip(request: RawRequest) -> None:
     """Read one byte a second, until cancelled."""
-    while await request.read(1):
-        await asyncio.sleep(1)  # noqa: ASYNC110 - the pause is the point
+    while await request.read(1):  # noqa: ASYNC110 - the pause is the point
+        await asyncio.sleep(1)
 
 
 async def among_slow_readers(running: Cluster) -> tuple[list[Answer], list[Answer], list[int]]:
-    """Run all streams; the answers of the fast and the slow ones, and how much the slow ones had read then."""
+    """The answers of fast and slow ones, and how much the slow ones had read when all was computed."""
     asked = texts(NUM_PROMPTS)
     bodies = [stream(asked[i % NUM_PROMPTS]) for i in range(NUM_STREAMS - NUM_SLOW)]
     async with contextlib.AsyncExitStack() as stack:
