@@ -46,9 +46,19 @@ static void attend(const pagoda_layer *l, const pagoda_step *s, const buffers *b
     pagoda_rope r = {cache,      b->qkv,       k,        v,         stride,      stride, stride,
                      s->cos_sin, s->positions, s->slots, s->tokens, l->num_heads};
     pagoda_rope_run(&r);
-    pagoda_attention a = {cache,          b->qkv,      stride,      b->attended,           q_width,      s->block_tables,
-                          s->table_stride, s->query_start, s->seq_lens, (int32_t)s->num_rows, l->num_heads, l->window,
-                          l->scale};
+    pagoda_attention a = {.cache = cache,
+                          .q = b->qkv,
+                          .q_stride = stride,
+                          .out = b->attended,
+                          .out_stride = q_width,
+                          .block_tables = s->block_tables,
+                          .table_stride = s->table_stride,
+                          .query_start = s->query_start,
+                          .seq_lens = s->seq_lens,
+                          .num_rows = (int32_t)s->num_rows,
+                          .num_heads = l->num_heads,
+                          .window = l->window,
+                          .scale = l->scale};
     pagoda_attention_run(&a);
 }
 

@@ -198,7 +198,8 @@ static void run_blocks(const pagoda_linear *w, const float *x, int64_t rows, int
         for (int64_t b = 0; b < s.blocks; b++) {
             int64_t row = block_start(s, b), count = block_start(s, b + 1) - row;
             int is_kept = w->bf16 && b > 0;
-            prefetch ahead = {weights + (next_panel - p) * bytes + b * share, share / (is_kept || !w->bf16 ? k : (k + 1) / 2)};
+            int64_t steps = is_kept || !w->bf16 ? k : (k + 1) / 2;
+            prefetch ahead = {weights + (next_panel - p) * bytes + b * share, share / steps};
             multiply_fn *fn = by_rows[!w->bf16 || is_kept ? WEIGHTS_FLOAT : WEIGHTS_BF16_KEPT][count - 1];
             fn(x + row * row_floats + count * k0, is_kept ? (const char *)kept : weights, bytes, k, ahead, kept,
                totals + row);

@@ -61,7 +61,7 @@ INLINE uint16_t float_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-/* Element i and the VL elements from i of an array of bf16 or float. `bf16` is a constant wherever these are called. */
+/* Element i, and the VL elements from i, of an array of bf16 or float; `bf16` is a constant in every call. */
 INLINE float get(const void *p, long i, const int bf16) {
     return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
