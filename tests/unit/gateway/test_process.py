@@ -219,7 +219,9 @@ async def test_other_addresses_with_a_token(fake: FakeScheduler) -> None:
         port = (await running.serving())["http_port"]
         async with client(port) as http:
             assert (await http.get("/health")).status_code == 200
-            for route in ("/ready", "/v1/models", "/metrics", "/docs"):
+            # A probe holds no token: it is told the state (no worker is there yet), not refused.
+            assert (await http.get("/ready")).status_code == 503
+            for route in ("/v1/models", "/metrics", "/docs"):
                 response = await http.get(route)
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
             assert (
