@@ -219,8 +219,11 @@ async def test_other_addresses_with_a_token(fake: FakeScheduler) -> None:
         port = (await running.serving())["http_port"]
         async with client(port) as http:
             assert (await http.get("/health")).status_code == 200
-            # A probe holds no token: it is told the state (no worker is there yet), not refused.
-            assert (await http.get("/ready")).status_code == 503
+            # A probe holds no token: it is told the state (not yet attached, then ready), not refused.
+            async with asyncio.timeout(30):
+                while (status := (await http.get("/ready")).status_code) == 503:
+                    await asyncio.sleep(0.05)
+            assert status == 200
             for route in ("/v1/models", "/metrics", "/docs"):
                 response = await http.get(route)
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
