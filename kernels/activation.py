@@ -34,15 +34,14 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torc
         raise ValueError(f"out must be {dtype} [{rows}, {width // 2}], not {out.dtype} {tuple(out.shape)}")
     if gate_up.is_cpu and (c := _c_silu_and_mul()) is not None:
         c(
-            gate_up.data_ptr(),
-            out.data_ptr(),
-            gate_up.stride(0),
-            out.stride(0),
-            rows,
-            width // 2,
+            gate_up.data_ptr(), out.data_ptr(), gate_up.stride(0), out.stride(0), rows, width // 2,
             dtype is torch.bfloat16,
-        )
+        )  # fmt: skip
         return out
+    if gate_up.is_cuda:
+        from kernels.cuda import activation
+
+        return activation.silu_and_mul(gate_up, out)
     return silu_and_mul_reference(gate_up, out)
 
 

@@ -4,13 +4,15 @@ They are made of this package's other operations and give their results bit for 
 is the time between them: a decode of one token is some 270 calls, of a few microseconds each.
 """
 
+from __future__ import annotations
+
 import ctypes
 import functools
 from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import check_caches, paged_attention
+from kernels.attention import Tiles, check_caches, paged_attention
 from kernels.cpu.functions import function, i32, ptr
 from kernels.linear import PackedLinear, linear, silu_and_mul_linear
 from kernels.norm import head_rms_norm, rms_norm
@@ -89,9 +91,11 @@ class Step:
         cos_sin: [max_len, D] float32.
         positions: [T] int32.
         slot_mapping: [T] int64.
-        block_tables: [B, MB] int32.
+        block_tables: [B, MB] int32; with `table_rows`, [S, MB] of all slots.
         query_start: [B + 1] int32.
         seq_lens: [B] int32.
+        table_rows: [B] int64: the row of `block_tables` that is row b's; None for row b itself.
+        tiles: how attention on a GPU cuts up the queries of rows with more than one; None if none has.
     """
 
     cos_sin: torch.Tensor
@@ -100,18 +104,23 @@ class Step:
     block_tables: torch.Tensor
     query_start: torch.Tensor
     seq_lens: torch.Tensor
+    table_rows: torch.Tensor | None = None
+    tiles: Tiles | None = None
 
     def check(self, tokens: int, dim: int) -> None:
         """Raises ValueError, naming the attribute, where a shape, type or stride is wrong."""
         rows = self.seq_lens.shape[0]
+        tables = rows if self.table_rows is None else self.block_tables.shape[0]
         expected = {
             "positions": (torch.int32, (tokens,)),
             "slot_mapping": (torch.int64, (tokens,)),
             "query_start": (torch.int32, (rows + 1,)),
             "seq_lens": (torch.int32, (rows,)),
             "cos_sin": (torch.float32, (self.cos_sin.shape[0], dim)),
-            "block_tables": (torch.int32, (rows, self.block_tables.shape[-1])),
+            "block_tables": (torch.int32, (tables, self.block_tables.shape[-1])),
         }
+        if self.table_rows is not None:
+            expected["table_rows"] = (torch.int64, (rows,))
         for name, (dtype, shape) in expected.items():
             x = getattr(self, name)
             if x.dtype != dtype or x.shape != shape or x.stride(-1) != 1:
@@ -163,6 +172,10 @@ class LayerStack:
         for layer in layers:
             layer.check()
         self.layers = layers
+        if layers and layers[0].qkv.data.is_cuda:
+            from kernels.cuda.linear import workspace
+
+            workspace(layers[0].qkv.data.device)
         in_c = all(p.address for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
         self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers else None
 
@@ -190,19 +203,17 @@ class LayerStack:
         elif out.shape != hidden.shape or out.dtype != hidden.dtype or not out.is_contiguous():
             raise ValueError(f"out must be {hidden.dtype} {tuple(hidden.shape)}, contiguous")
         step.check(tokens, first.value_cache.shape[3])
+        if hidden.is_cuda:
+            from kernels.cuda import layer
+
+            return layer.forward(self.layers, hidden, step, out)
         if self._c is None or not hidden.is_cpu:
             return forward_reference(self.layers, hidden, step, out)
         c_step = _CStep(
-            step.cos_sin.data_ptr(),
-            step.positions.data_ptr(),
-            step.slot_mapping.data_ptr(),
-            step.block_tables.data_ptr(),
-            step.query_start.data_ptr(),
-            step.seq_lens.data_ptr(),
-            step.block_tables.stride(0),
-            tokens,
-            step.seq_lens.shape[0],
-        )
+            step.cos_sin.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
+            step.block_tables.data_ptr(), step.query_start.data_ptr(), step.seq_lens.data_ptr(),
+            step.block_tables.stride(0), tokens, step.seq_lens.shape[0],
+        )  # fmt: skip
         _c_layers()(self._c, len(self._c), ctypes.byref(c_step), hidden.data_ptr(), out.data_ptr())
         return out
 
@@ -211,20 +222,12 @@ def _c_layer(layer: Layer) -> _CLayer:
     _, num_kv_heads, block_size, dim = layer.value_cache.shape
     return _CLayer(
         *(packed.address for packed in (layer.qkv, layer.o, layer.gate_up, layer.down)),
-        layer.input_norm.data_ptr(),
-        layer.post_norm.data_ptr(),
+        layer.input_norm.data_ptr(), layer.post_norm.data_ptr(),
         None if layer.q_norm is None else layer.q_norm.data_ptr(),
-        None if layer.k_norm is None else layer.k_norm.data_ptr(),
-        layer.key_cache.data_ptr(),
-        layer.value_cache.data_ptr(),
-        layer.num_heads,
-        num_kv_heads,
-        dim,
-        block_size,
-        layer.sliding_window or 0,
-        layer.eps,
-        layer.scale,
-    )
+        None if layer.k_norm is None else layer.k_norm.data_ptr(), layer.key_cache.data_ptr(),
+        layer.value_cache.data_ptr(), layer.num_heads, num_kv_heads, dim, block_size,
+        layer.sliding_window or 0, layer.eps, layer.scale,
+    )  # fmt: skip
 
 
 def forward_reference(
@@ -247,7 +250,10 @@ def forward_reference(
         caches = (layer.key_cache, layer.value_cache)
         rope_and_cache(q, k, v, step.cos_sin, step.positions, *caches, step.slot_mapping)
         rows = (step.block_tables, step.query_start, step.seq_lens)
-        attended = paged_attention(q, *caches, *rows, layer.scale, sliding_window=layer.sliding_window)
+        attended = paged_attention(
+            q, *caches, *rows, layer.scale, sliding_window=layer.sliding_window,
+            table_rows=step.table_rows, tiles=step.tiles, new_keys=k, new_values=v,
+        )  # fmt: skip
         normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
         delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
     assert delta is not None, "a stack has at least one layer"

@@ -5,6 +5,7 @@ import functools
 
 import torch
 
+from kernels.activation import silu_and_mul as silu_and_mul_op
 from kernels.activation import silu_and_mul_reference
 from kernels.cpu.functions import function, i32, i64, ptr
 from kernels.cpu.memory import empty
@@ -35,30 +36,24 @@ class PackedLinear:
         out_dtype: type of the results.
         data: the only copy of the weights: packed panels, or the plain matrix where there is no C library.
         bias: [N] float32 or None.
+        bias_like_out: the same in `out_dtype`, as cuBLAS wants it; None where the panels are packed.
         address: of the C descriptor; 0 where there is no C library.
     """
 
     def __init__(
-        self,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        out_dtype: torch.dtype,
-        data: torch.Tensor,
-        bias: torch.Tensor | None,
-        is_packed: bool,
-    ) -> None:
+        self, shape: tuple[int, int], dtype: torch.dtype, out_dtype: torch.dtype, data: torch.Tensor,
+        bias: torch.Tensor | None, is_packed: bool,
+    ) -> None:  # fmt: skip
         self.out_features, self.in_features = shape
         self.dtype = dtype
         self.out_dtype = out_dtype
         self.data = data
         self.bias = bias
+        self.bias_like_out = None if bias is None or is_packed else bias.to(out_dtype)
         self._descriptor = _Descriptor(
-            data.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            *shape,
-            dtype is torch.bfloat16,
+            data.data_ptr(), None if bias is None else bias.data_ptr(), *shape, dtype is torch.bfloat16,
             out_dtype is torch.bfloat16,
-        )
+        )  # fmt: skip
         self.address = ctypes.addressof(self._descriptor) if is_packed else 0
 
     @property
@@ -68,7 +63,7 @@ class PackedLinear:
 
     def weight(self) -> torch.Tensor:
         """A plain copy of the weights, [N, K]."""
-        return embedding(torch.arange(self.out_features), self)
+        return embedding(torch.arange(self.out_features, device=self.data.device), self)
 
 
 @functools.cache
@@ -125,7 +120,7 @@ def pack(
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias, summed in float32 in an order that does not depend on how many rows there are.
+    """x W^T + bias, summed in float32, on the CPU in an order that does not depend on the number of rows.
 
     Args:
         x: [T, K], the type of the weights, unit stride in the last dim.
@@ -170,18 +165,19 @@ def _run(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None, silu_a
         c = _c_linear()
         c(packed.address, x.data_ptr(), x.stride(0), silu_and_mul, out.data_ptr(), out.stride(0), rows)
         return out
+    if x.is_cuda:
+        from kernels.cuda import linear as cuda
+
+        return cuda.linear(silu_and_mul_op(x) if silu_and_mul else x, packed, out)
     if silu_and_mul:
         x = silu_and_mul_reference(x)
     return linear_reference(x, packed.data, packed.bias, packed.out_dtype, out)
 
 
 def linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None, out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """`linear` in plain torch over plain weights [N, K], on any device."""
     out_dtype = weight.dtype if out_dtype is None else out_dtype
     if out_dtype is torch.float32 and weight.dtype is torch.bfloat16:
@@ -202,10 +198,12 @@ def embedding(ids: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
     Raises:
         ValueError: ids is not one-dimensional or of another type.
-        IndexError: an id is outside [0, N).
+        IndexError: an id is outside [0, N). Not on CUDA, where nobody waits for the answer.
     """
     if ids.dim() != 1 or ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids must be int32 or int64 [T], not {ids.dtype} {tuple(ids.shape)}")
+    if packed.data.is_cuda:
+        return torch.index_select(packed.data, 0, ids)
     if not packed.address:
         return embedding_reference(ids, packed.data)
     ids = ids.to(torch.int64).contiguous()

@@ -15,12 +15,9 @@ def _c_rms_norm():
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; with a residual, of their sum.
 
     Statistics are float32; the sum with the residual and the normed value are each rounded to x's type, as in
@@ -49,30 +46,22 @@ def rms_norm(
         _check_like("out", out, x)
     if x.is_cpu and (c := _c_rms_norm()) is not None:
         c(
-            x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            out.stride(0),
-            rows,
-            1,
-            dim,
-            x.dtype is torch.bfloat16,
-            eps,
-        )
+            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
+            out.data_ptr(), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), rows,
+            1, dim, x.dtype is torch.bfloat16, eps,
+        )  # fmt: skip
         return out
+    if x.is_cuda:
+        from kernels.cuda import norm
+
+        return norm.rms_norm(x, weight, eps, residual, out)
     return rms_norm_reference(x, weight, eps, residual, out)
 
 
 def rms_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """`rms_norm` in plain torch, on any device; x may have more dims in front."""
     if residual is not None:
         x = residual.add_(x)
@@ -108,20 +97,14 @@ def head_rms_norm(
     if x.is_cpu and (c := _c_rms_norm()) is not None:
         is_bf16 = x.dtype is torch.bfloat16
         c(
-            x.data_ptr(),
-            None,
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.stride(0),
-            0,
-            out.stride(0),
-            rows,
-            heads,
-            dim,
-            is_bf16,
-            eps,
-        )
+            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), x.stride(0), 0, out.stride(0), rows, heads,
+            dim, is_bf16, eps,
+        )  # fmt: skip
         return out
+    if x.is_cuda:
+        from kernels.cuda import norm
+
+        return norm.rms_norm(x, weight, eps, None, out)
     return rms_norm_reference(x, weight, eps, None, out)
 
 

@@ -14,17 +14,12 @@ def _c_rope_and_cache():
 
 
 def rope_and_cache(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Rotates q in place and writes the rotated k, and v, to their slots; k and v stay unchanged.
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor,
+    key_cache: torch.Tensor, value_cache: torch.Tensor, slot_mapping: torch.Tensor,
+) -> None:  # fmt: skip
+    """Rotates q in place and writes the rotated k, and v, to their slots.
 
+    On CUDA k is rotated in place, too, for attention that reads new keys from there; elsewhere it is not.
     The rotation is transformers' for Llama: dims i and i + D / 2 are a pair. It is computed in float32 and
     rounded once. q, k and v may be views of one fused projection [T, (Hq + 2 Hk) D].
 
@@ -55,38 +50,25 @@ def rope_and_cache(
         raise ValueError(f"slot_mapping must be int64 [{tokens}], not {slot_mapping.dtype}")
     if q.is_cpu and (c := _c_rope_and_cache()) is not None:
         c(
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            cos_sin.data_ptr(),
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            key_cache.data_ptr(),
-            value_cache.data_ptr(),
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
-            tokens,
-            num_heads,
-            num_kv_heads,
-            block_size,
-            dim,
-            q.dtype is torch.bfloat16,
-        )
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
+            slot_mapping.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), q.stride(0), k.stride(0),
+            v.stride(0), tokens, num_heads, num_kv_heads, block_size, dim, q.dtype is torch.bfloat16,
+        )  # fmt: skip
+        return
+    if q.is_cuda:
+        if key_cache.shape[-1] != dim:
+            raise ValueError("key_cache must have the layout of cache_shape(..., device_type='cuda')")
+        from kernels.cuda import rope
+
+        rope.rope_and_cache(q, k, v, cos_sin, positions, key_cache, value_cache, slot_mapping)
         return
     rope_and_cache_reference(q, k, v, cos_sin, positions, key_cache, value_cache, slot_mapping)
 
 
 def rope_and_cache_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos_sin: torch.Tensor,
-    positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor,
+    key_cache: torch.Tensor, value_cache: torch.Tensor, slot_mapping: torch.Tensor,
+) -> None:  # fmt: skip
     """`rope_and_cache` in plain torch, on any device."""
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)
 

@@ -27,13 +27,13 @@ Sources: the OpenAI API reference (frequency and presence penalties, bias); Kesk
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from kernels import philox
+from kernels.cpu import sample as cpu
 from kernels.cpu.build import library
 
 GREEDY_BELOW = 1e-5
@@ -42,58 +42,6 @@ GREEDY_BELOW = 1e-5
 NEG_INF = float("-inf")
 STOP = 1
 LENGTH = 2
-
-_COLUMN_DTYPES = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "presence": torch.float32,
-    "frequency": torch.float32,
-    "repetition": torch.float32,
-    "seed": torch.int64,
-    "min_tokens": torch.int32,
-    "stop_ids": torch.int32,
-    "bias_ids": torch.int32,
-    "bias_values": torch.float32,
-    "num_logprobs": torch.int32,
-}
-
-
-class _CColumns(ctypes.Structure):
-    """`sample_columns` of cpu/sample.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _COLUMN_DTYPES),
-        ("max_stop_ids", ctypes.c_int32),
-        ("max_bias", ctypes.c_int32),
-    )
-
-
-class _CArgs(ctypes.Structure):
-    """`sample_args` of cpu/sample.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "slots", "columns", "tokens", "num_tokens")),
-        *((name, ctypes.c_void_p) for name in ("num_prompt", "token_ids", "finite")),
-        *((name, ctypes.c_void_p) for name in ("token_logprob", "rank", "top_ids", "top_logprobs")),
-        *((name, ctypes.c_int64) for name in ("logits_stride", "tokens_stride")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_rows", "vocab_size", "is_bf16", "any_random", "any_filter")
-        ),
-        *((name, ctypes.c_int32) for name in ("any_penalty", "any_bias", "any_min_tokens", "max_logprobs")),
-        ("out_of_memory", ctypes.c_int32),
-    )
-
-
-def _pointer(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    """Address of a tensor that C is to read, row after row."""
-    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        raise TypeError(
-            f"{name} must be a contiguous {dtype} tensor on the CPU, not {tensor.dtype} on {tensor.device}"
-        )
-    return tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -141,28 +89,17 @@ class SamplingColumns:
 
         f32, i32 = torch.float32, torch.int32
         return cls(
-            temperature=column(0, f32),
-            top_k=column(0, i32),
-            top_p=column(1, f32),
-            min_p=column(0, f32),
-            presence=column(0, f32),
-            frequency=column(0, f32),
-            repetition=column(1, f32),
-            seed=column(0, torch.int64),
-            min_tokens=column(0, i32),
-            stop_ids=column(-1, i32, max_stop_ids),
-            bias_ids=column(-1, i32, max_bias),
-            bias_values=column(0, f32, max_bias),
+            temperature=column(0, f32), top_k=column(0, i32), top_p=column(1, f32), min_p=column(0, f32),
+            presence=column(0, f32), frequency=column(0, f32), repetition=column(1, f32),
+            seed=column(0, torch.int64), min_tokens=column(0, i32), stop_ids=column(-1, i32, max_stop_ids),
+            bias_ids=column(-1, i32, max_bias), bias_values=column(0, f32, max_bias),
             num_logprobs=column(-1, i32),
-        )
+        )  # fmt: skip
 
     @cached_property
-    def c_columns(self) -> _CColumns:
+    def c_columns(self) -> cpu.CColumns:
         """The C path's view of these tensors, whose storage stays where it is for as long as they live."""
-        pointers = {
-            name: _pointer(name, getattr(self, name), dtype) for name, dtype in _COLUMN_DTYPES.items()
-        }
-        return _CColumns(**pointers, max_stop_ids=self.stop_ids.shape[1], max_bias=self.bias_ids.shape[1])
+        return cpu.c_columns(self)
 
 
 @dataclass(frozen=True)
@@ -218,15 +155,9 @@ class Sampled:
 
 
 def sample(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    columns: SamplingColumns,
-    tokens: torch.Tensor,
-    num_tokens: torch.Tensor,
-    num_prompt: torch.Tensor,
-    vocab_size: int,
-    features: Features,
-) -> Sampled:
+    logits: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
+    num_tokens: torch.Tensor, num_prompt: torch.Tensor, vocab_size: int, features: Features,
+) -> Sampled:  # fmt: skip
     """Draw one token for each row.
 
     Args:
@@ -246,40 +177,14 @@ def sample(
         MemoryError: the CPU's path found no memory for its scratch buffers.
         TypeError: a tensor's dtype or layout is not as stated (CPU only).
     """
-    if logits.device.type != "cpu" or (lib := library()) is None:
+    if logits.device.type == "cuda":
+        from kernels.cuda import sample as cuda
+
+        return cuda.sample(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
+    if logits.device.type != "cpu" or library() is None:
         return sample_reference(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
-    if logits.stride(1) != 1 or logits.dtype not in (torch.bfloat16, torch.float32):
-        raise TypeError("logits must be float32 or bfloat16, and contiguous along the vocabulary")
     sampled = _allocate(logits.shape[0], min(features.max_logprobs, vocab_size))
-    args = _CArgs(
-        logits=logits.data_ptr(),
-        slots=_pointer("slots", slots, torch.int64),
-        columns=ctypes.addressof(columns.c_columns),
-        tokens=_pointer("tokens", tokens, torch.int32),
-        num_tokens=_pointer("num_tokens", num_tokens, torch.int32),
-        num_prompt=_pointer("num_prompt", num_prompt, torch.int32),
-        token_ids=sampled.token_ids.data_ptr(),
-        finite=sampled.finite.data_ptr(),
-        logits_stride=logits.stride(0),
-        tokens_stride=tokens.stride(0),
-        num_rows=logits.shape[0],
-        vocab_size=vocab_size,
-        is_bf16=logits.dtype == torch.bfloat16,
-        any_random=features.any_random,
-        any_filter=features.any_filter,
-        any_penalty=features.any_penalty,
-        any_bias=features.any_bias,
-        any_min_tokens=features.any_min_tokens,
-        max_logprobs=-1,
-    )
-    if (logprobs := sampled.logprobs) is not None:
-        args.max_logprobs = logprobs.top_ids.shape[1]
-        args.token_logprob = logprobs.token_logprob.data_ptr()
-        args.rank = logprobs.rank.data_ptr()
-        args.top_ids = logprobs.top_ids.data_ptr()
-        args.top_logprobs = logprobs.top_logprobs.data_ptr()
-    if lib.pagoda_sample(ctypes.byref(args)):
-        raise MemoryError("no memory for the scratch buffers of sampling")
+    cpu.sample(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features, sampled)
     return sampled
 
 
@@ -296,15 +201,9 @@ def _allocate(num_rows: int, num_top: int) -> Sampled:
 
 
 def sample_reference(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    columns: SamplingColumns,
-    tokens: torch.Tensor,
-    num_tokens: torch.Tensor,
-    num_prompt: torch.Tensor,
-    vocab_size: int,
-    features: Features,
-) -> Sampled:
+    logits: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
+    num_tokens: torch.Tensor, num_prompt: torch.Tensor, vocab_size: int, features: Features,
+) -> Sampled:  # fmt: skip
     """`sample` in plain torch, on any device and without a synchronisation; the arguments are the same."""
     raw = logits[:, :vocab_size].float()
     position = (num_tokens - num_prompt)[slots]
@@ -342,13 +241,9 @@ def _add_at(scores: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> to
 
 
 def _penalise(
-    scores: torch.Tensor,
-    slots: torch.Tensor,
-    columns: SamplingColumns,
-    tokens: torch.Tensor,
-    num_tokens: torch.Tensor,
-    num_prompt: torch.Tensor,
-) -> torch.Tensor:
+    scores: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
+    num_tokens: torch.Tensor, num_prompt: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Scores after the repetition, frequency and presence penalties."""
     history = tokens[slots].to(torch.int64)
     place = torch.arange(history.shape[1], device=history.device).unsqueeze(0)
@@ -410,13 +305,9 @@ def raw_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) ->
 
 
 def ended(
-    token_ids: torch.Tensor,
-    slots: torch.Tensor,
-    columns: SamplingColumns,
-    num_tokens_after: torch.Tensor,
-    num_prompt: torch.Tensor,
-    last_position: torch.Tensor,
-) -> torch.Tensor:
+    token_ids: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, num_tokens_after: torch.Tensor,
+    num_prompt: torch.Tensor, last_position: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """Whether each row's new token is its last one.
 
     Args:

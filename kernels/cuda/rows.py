@@ -1,0 +1,358 @@
+"""`kernels.rows` on CUDA: a launch for each of them, whatever the number of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.rows import GOES_ON, NAN, WAS_DONE, Gathered, RowState
+from kernels.sample import LENGTH, STOP
+
+BLOCK = 128
+SPAN = 1024
+ACCEPT_BLOCK = 8
+STOPS = 64
+
+_GOES_ON, _NAN, _WAS_DONE = tl.constexpr(GOES_ON), tl.constexpr(NAN), tl.constexpr(WAS_DONE)
+_LENGTH, _STOP = tl.constexpr(LENGTH), tl.constexpr(STOP)
+
+
+@triton.jit(do_not_specialize=["num_stops_in"])
+def _enter_kernel(
+    slots,
+    counters_in,
+    integers_in,
+    floats_in,
+    seeds_in,
+    stops_in,
+    counters,
+    integers,
+    floats,
+    seeds,
+    stops,
+    done,
+    num_slots,
+    num_stops,
+    num_stops_in,
+    NUM_COUNTERS: tl.constexpr,
+    NUM_INTEGERS: tl.constexpr,
+    NUM_FLOATS: tl.constexpr,
+    STOPS: tl.constexpr,
+):
+    """One program a new row."""
+    row = tl.program_id(0)
+    slot = tl.load(slots + row)
+    for i in tl.static_range(NUM_COUNTERS):
+        tl.store(counters + i * num_slots + slot, tl.load(counters_in + row * NUM_COUNTERS + i))
+    for i in tl.static_range(NUM_INTEGERS):
+        tl.store(integers + i * num_slots + slot, tl.load(integers_in + row * NUM_INTEGERS + i))
+    for i in tl.static_range(NUM_FLOATS):
+        tl.store(floats + i * num_slots + slot, tl.load(floats_in + row * NUM_FLOATS + i))
+    tl.store(seeds + slot, tl.load(seeds_in + row))
+    place = tl.arange(0, STOPS)
+    ids = tl.load(stops_in + row * num_stops_in + place, mask=place < num_stops_in, other=-1)
+    tl.store(stops + slot * num_stops + place, ids, mask=place < num_stops)
+    tl.store(done + slot, 0)
+
+
+def enter(
+    state: RowState,
+    slots: torch.Tensor,
+    counters: torch.Tensor,
+    integers: torch.Tensor,
+    floats: torch.Tensor,
+    seeds: torch.Tensor,
+    stop_ids: torch.Tensor,
+) -> None:
+    """See `kernels.rows.enter`."""
+    num_stops = state.columns.stop_ids.shape[1]
+    _enter_kernel[(slots.shape[0],)](
+        slots,
+        counters,
+        integers,
+        floats,
+        seeds,
+        stop_ids,
+        state.counters,
+        state.integers,
+        state.floats,
+        state.columns.seed,
+        state.columns.stop_ids,
+        state.done.view(torch.uint8),
+        state.done.shape[0],
+        num_stops,
+        stop_ids.shape[1],
+        NUM_COUNTERS=state.counters.shape[0],
+        NUM_INTEGERS=state.integers.shape[0],
+        NUM_FLOATS=state.floats.shape[0],
+        STOPS=triton.next_power_of_2(num_stops),
+        num_warps=1,
+    )
+
+
+@triton.jit
+def _write_spans_kernel(flat, source, spans, SPAN: tl.constexpr):
+    """Program (n, i) copies piece i of span n."""
+    span = spans + tl.program_id(0) * 3
+    place, start, length = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+    offset = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    inside = offset < length
+    tl.store(flat + place + offset, tl.load(source + start + offset, mask=inside), mask=inside)
+
+
+def write_spans(flat: torch.Tensor, source: torch.Tensor, spans: torch.Tensor, longest: int) -> None:
+    """See `kernels.rows.write_spans`."""
+    _write_spans_kernel[(spans.shape[0], triton.cdiv(longest, SPAN))](flat, source, spans, SPAN=SPAN)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gather_decodes_kernel(
+    slots,
+    iteration,
+    done,
+    num_computed,
+    tokens,
+    tables,
+    token_ids,
+    positions,
+    slot_mapping,
+    seq_lens,
+    num_rows,
+    max_len,
+    table_len,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if tl.program_id(0) == 0:
+        tl.store(iteration, tl.load(iteration) + 1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    slot = tl.load(slots + row, mask=inside, other=0)
+    live = inside & (tl.load(done + slot, mask=inside, other=1) == 0)
+    # A row that is done looks at position 0 only, which is in its table whatever became of the rest.
+    start = tl.load(num_computed + slot, mask=live, other=0)
+    tl.store(num_computed + slot, start + 1, mask=live)
+    tl.store(token_ids + row, tl.load(tokens + slot * max_len + start, mask=inside), mask=inside)
+    block = tl.load(tables + slot * table_len + start // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    place = tl.where(live, block * BLOCK_SIZE + start % BLOCK_SIZE, -1)
+    tl.store(slot_mapping + row, place, mask=inside)
+    tl.store(positions + row, start, mask=inside)
+    tl.store(seq_lens + row, start + 1, mask=inside)
+
+
+def gather_decodes(state: RowState, slots: torch.Tensor, iteration: torch.Tensor) -> Gathered:
+    """See `kernels.rows.gather_decodes`."""
+    num_rows = slots.shape[0]
+    gathered = _allocate(num_rows, num_rows, slots.device)
+    _gather_decodes_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        slots,
+        iteration,
+        state.done.view(torch.uint8),
+        state.num_computed,
+        state.tokens,
+        state.block_tables,
+        gathered.token_ids,
+        gathered.positions,
+        gathered.slot_mapping,
+        gathered.seq_lens,
+        num_rows,
+        state.tokens.shape[1],
+        state.block_tables.shape[1],
+        BLOCK_SIZE=state.block_size,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return gathered
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _start_chunks_kernel(
+    slots, lengths, iteration, done, num_computed, starts, seq_lens, num_rows, BLOCK: tl.constexpr
+):
+    """Where each row's chunk starts. A kernel of its own, because every token's program reads it."""
+    if tl.program_id(0) == 0:
+        tl.store(iteration, tl.load(iteration) + 1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    slot = tl.load(slots + row, mask=inside, other=0)
+    length = tl.load(lengths + row, mask=inside, other=0)
+    live = inside & (tl.load(done + slot, mask=inside, other=1) == 0)
+    start = tl.load(num_computed + slot, mask=live, other=0)
+    tl.store(num_computed + slot, start + length, mask=live)
+    # -1 tells the tokens' programs that the row is done.
+    tl.store(starts + row, tl.where(live, start, -1), mask=inside)
+    tl.store(seq_lens + row, start + length, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _gather_chunks_kernel(
+    slots,
+    starts,
+    row_of_token,
+    offsets,
+    tokens,
+    tables,
+    token_ids,
+    positions,
+    slot_mapping,
+    num_tokens,
+    max_len,
+    table_len,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    row = tl.load(row_of_token + token, mask=inside, other=-1)
+    real = row >= 0
+    slot = tl.load(slots + row, mask=real, other=0)
+    start = tl.load(starts + row, mask=real, other=-1)
+    live = start >= 0
+    position = tl.where(real, tl.maximum(start, 0) + tl.load(offsets + token, mask=inside, other=0), 0)
+    tl.store(token_ids + token, tl.load(tokens + slot * max_len + position, mask=real, other=0), mask=inside)
+    block = tl.load(tables + slot * table_len + position // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    place = tl.where(live, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
+    tl.store(slot_mapping + token, place, mask=inside)
+    tl.store(positions + token, position, mask=inside)
+
+
+def gather_chunks(
+    state: RowState,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    row_of_token: torch.Tensor,
+    offsets: torch.Tensor,
+    iteration: torch.Tensor,
+) -> Gathered:
+    """See `kernels.rows.gather_chunks`."""
+    num_rows, num_tokens = slots.shape[0], row_of_token.shape[0]
+    gathered = _allocate(num_tokens, num_rows, slots.device)
+    starts = torch.empty_like(gathered.seq_lens)
+    _start_chunks_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        slots,
+        lengths,
+        iteration,
+        state.done.view(torch.uint8),
+        state.num_computed,
+        starts,
+        gathered.seq_lens,
+        num_rows,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    _gather_chunks_kernel[(triton.cdiv(num_tokens, BLOCK),)](
+        slots,
+        starts,
+        row_of_token,
+        offsets,
+        state.tokens,
+        state.block_tables,
+        gathered.token_ids,
+        gathered.positions,
+        gathered.slot_mapping,
+        num_tokens,
+        state.tokens.shape[1],
+        state.block_tables.shape[1],
+        BLOCK_SIZE=state.block_size,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return gathered
+
+
+def _allocate(num_tokens: int, num_rows: int, device: torch.device) -> Gathered:
+    i32 = torch.int32
+    return Gathered(
+        token_ids=torch.empty(num_tokens, dtype=i32, device=device),
+        positions=torch.empty(num_tokens, dtype=i32, device=device),
+        slot_mapping=torch.empty(num_tokens, dtype=torch.int64, device=device),
+        seq_lens=torch.empty(num_rows, dtype=i32, device=device),
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _accept_kernel(
+    slots,
+    token_ids,
+    finite,
+    iteration,
+    drawn,
+    tokens,
+    num_tokens,
+    num_prompt,
+    last_position,
+    min_tokens,
+    stop_ids,
+    done,
+    num_rows,
+    max_len,
+    num_stops,
+    STOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    slot = tl.load(slots + row, mask=inside, other=0)
+    token = tl.load(token_ids + row, mask=inside, other=0)
+    was_done = tl.load(done + slot, mask=inside, other=1) != 0
+    takes = inside & (tl.load(finite + row, mask=inside, other=0) != 0) & ~was_done
+    length = tl.load(num_tokens + slot, mask=inside, other=0)
+    tl.store(tokens + slot * max_len + length, token, mask=takes & (length < max_len))
+    length += 1
+    tl.store(num_tokens + slot, length, mask=takes)
+    hits = tl.zeros([BLOCK], dtype=tl.int32)
+    base = 0
+    more = num_stops > 0
+    while more:  # most rows have a handful of stop ids, which come before the padding
+        place = base + tl.arange(0, STOPS)
+        ids = tl.load(
+            stop_ids + slot[:, None] * num_stops + place[None, :],
+            mask=takes[:, None] & (place < num_stops)[None, :],
+            other=-1,
+        )
+        hits = tl.maximum(hits, tl.max((ids == token[:, None]).to(tl.int32), axis=1))
+        base += STOPS
+        more = (base < num_stops) & (tl.max(tl.min(ids, axis=1), axis=0) >= 0)
+    stops = hits != 0
+    prompt = tl.load(num_prompt + slot, mask=takes, other=0)
+    stops &= length - prompt > tl.load(min_tokens + slot, mask=takes, other=0)
+    full = length >= tl.load(last_position + slot, mask=takes, other=0)
+    outcome = tl.where(stops, _STOP, tl.where(full, _LENGTH, _GOES_ON))
+    outcome = tl.where(takes, outcome, tl.where(was_done, _WAS_DONE, _NAN))
+    tl.store(done + slot, 1, mask=inside & (outcome != _GOES_ON))
+    out = drawn + tl.load(iteration) * 2 * num_rows + row
+    tl.store(out, token, mask=inside)
+    tl.store(out + num_rows, outcome, mask=inside)
+
+
+def accept(
+    state: RowState,
+    slots: torch.Tensor,
+    token_ids: torch.Tensor,
+    finite: torch.Tensor,
+    iteration: torch.Tensor,
+    drawn: torch.Tensor,
+) -> None:
+    """See `kernels.rows.accept`."""
+    num_rows, num_stops = slots.shape[0], state.columns.stop_ids.shape[1]
+    _accept_kernel[(triton.cdiv(num_rows, ACCEPT_BLOCK),)](
+        slots,
+        token_ids,
+        finite.view(torch.uint8),
+        iteration,
+        drawn,
+        state.tokens,
+        state.num_tokens,
+        state.num_prompt,
+        state.last_position,
+        state.columns.min_tokens,
+        state.columns.stop_ids,
+        state.done.view(torch.uint8),
+        num_rows,
+        state.tokens.shape[1],
+        num_stops,
+        STOPS=STOPS,
+        BLOCK=ACCEPT_BLOCK,
+        num_warps=1,
+    )

@@ -1,0 +1,278 @@
+"""The rows' state on the device, and what every step does to it: enter, gather, accept.
+
+A row is one sequence in a slot. Its tokens, counters, block table and sampling columns stay on the device
+from its first step to its last; a step's inputs are gathered there and what was drawn is appended there, so
+that the host neither waits for a token nor sends one back. A row that has ended is done: it takes part in
+later iterations masked, computes one position without writing it, samples nothing and stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.sample import SamplingColumns, ended
+
+# What became of a sampling row in one iteration. 1 and 2 are `kernels.sample`'s STOP and LENGTH.
+WAS_DONE = -1
+GOES_ON = 0
+NAN = 3
+
+# The order of the counters, and of the 32-bit sampling columns, in the matrices below.
+COUNTERS = ("num_tokens", "num_prompt", "num_computed", "last_position")
+INTEGERS = ("top_k", "min_tokens", "num_logprobs")
+FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
+# A fork takes these first counters from its parent.
+INHERITED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class RowState:
+    """Every slot's state. One slot more than rows may use: the last one is done for ever, and pads batches.
+
+    Attributes:
+        tokens: int32[S, max_len].
+        block_tables: int32[S, MB].
+        counters: int32[4, S], in the order of `COUNTERS`.
+        integers: int32[3, S], in the order of `INTEGERS`.
+        floats: float32[6, S], in the order of `FLOATS`.
+        done: bool[S].
+        columns: how each row samples; views of `integers` and `floats` among them.
+        block_size: tokens of a block.
+    """
+
+    tokens: torch.Tensor
+    block_tables: torch.Tensor
+    counters: torch.Tensor
+    integers: torch.Tensor
+    floats: torch.Tensor
+    done: torch.Tensor
+    columns: SamplingColumns
+    block_size: int
+
+    @classmethod
+    def allocate(
+        cls, num_slots: int, max_len: int, block_size: int, max_stop_ids: int, max_bias: int,
+        device: torch.device,
+    ) -> RowState:  # fmt: skip
+        """State of `num_slots` rows and the one that pads; all is zero, nothing is done but the last."""
+        size, i32, f32 = num_slots + 1, torch.int32, torch.float32
+        integers = torch.zeros((len(INTEGERS), size), dtype=i32, device=device)
+        floats = torch.zeros((len(FLOATS), size), dtype=f32, device=device)
+        done = torch.zeros(size, dtype=torch.bool, device=device)
+        done[num_slots] = True
+        columns = SamplingColumns(
+            seed=torch.zeros(size, dtype=torch.int64, device=device),
+            stop_ids=torch.full((size, max_stop_ids), -1, dtype=i32, device=device),
+            bias_ids=torch.full((size, max_bias), -1, dtype=i32, device=device),
+            bias_values=torch.zeros((size, max_bias), device=device),
+            **dict(zip(INTEGERS, integers, strict=True)),
+            **dict(zip(FLOATS, floats, strict=True)),
+        )
+        return cls(
+            tokens=torch.zeros((size, max_len), dtype=i32, device=device),
+            block_tables=torch.zeros((size, -(-max_len // block_size)), dtype=i32, device=device),
+            counters=torch.zeros((len(COUNTERS), size), dtype=i32, device=device), integers=integers,
+            floats=floats, done=done, columns=columns, block_size=block_size,
+        )  # fmt: skip
+
+    @property
+    def padding_slot(self) -> int:
+        """The slot that is always done."""
+        return self.done.shape[0] - 1
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """int32[S]: tokens of each row, the prompt's included."""
+        return self.counters[0]
+
+    @property
+    def num_prompt(self) -> torch.Tensor:
+        """int32[S]: how many of those are the prompt's."""
+        return self.counters[1]
+
+    @property
+    def num_computed(self) -> torch.Tensor:
+        """int32[S]: how many of those went through a forward."""
+        return self.counters[2]
+
+    @property
+    def last_position(self) -> torch.Tensor:
+        """int32[S]: how many tokens fill the row."""
+        return self.counters[3]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Inputs of one forward over T tokens of B rows.
+
+    Attributes:
+        token_ids: int32[T].
+        positions: int32[T].
+        slot_mapping: int64[T]: block id * block size + offset; -1 for what is not to be written.
+        seq_lens: int32[B]: tokens of each row, these included.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def enter(
+    state: RowState, slots: torch.Tensor, counters: torch.Tensor, integers: torch.Tensor,
+    floats: torch.Tensor, seeds: torch.Tensor, stop_ids: torch.Tensor,
+) -> None:  # fmt: skip
+    """Fill the counters and sampling columns of N new rows, which are not done.
+
+    Args:
+        state: changed in place.
+        slots: int64[N], distinct.
+        counters: int32[N, 4].
+        integers: int32[N, 3].
+        floats: float32[N, 6].
+        seeds: int64[N].
+        stop_ids: int32[N, W], -1 pads; W is at most the column's width, the rest of which is padded.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        rows.enter(state, slots, counters, integers, floats, seeds, stop_ids)
+        return
+    state.counters.index_copy_(1, slots, counters.t())
+    state.integers.index_copy_(1, slots, integers.t())
+    state.floats.index_copy_(1, slots, floats.t())
+    state.done.index_fill_(0, slots, False)
+    state.columns.seed.index_copy_(0, slots, seeds)
+    state.columns.stop_ids.index_fill_(0, slots, -1)
+    state.columns.stop_ids[:, : stop_ids.shape[1]].index_copy_(0, slots, stop_ids)
+
+
+def write_spans(flat: torch.Tensor, source: torch.Tensor, spans: torch.Tensor, longest: int) -> None:
+    """Copy spans of one array to places in another: the tokens, or the block tables, of new rows.
+
+    Args:
+        flat: int32[n], changed in place.
+        source: int32[m].
+        spans: int64[N, 3]: the first place in `flat`, the first in `source`, and the length; disjoint.
+        longest: the greatest length, known on the host.
+    """
+    if flat.is_cuda:
+        from kernels.cuda import rows
+
+        rows.write_spans(flat, source, spans, longest)
+        return
+    for place, start, length in spans.tolist():
+        flat[place : place + length] = source[start : start + length]
+
+
+def gather_decodes(state: RowState, slots: torch.Tensor, iteration: torch.Tensor) -> Gathered:
+    """Each row's next token; counts it as computed, and the iteration as begun.
+
+    Args:
+        state: `num_computed` changes.
+        slots: int64[B], distinct but for the padding slot.
+        iteration: int32[1], one is added.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        return rows.gather_decodes(state, slots, iteration)
+    iteration += 1
+    live = state.done.index_select(0, slots).logical_not_()
+    # A row that is done looks at position 0 only, which is in its table whatever became of the rest.
+    starts = state.num_computed.index_select(0, slots).mul_(live)
+    state.num_computed.index_add_(0, slots, live.to(torch.int32))
+    return _gather(state, slots, starts, live, starts + 1)
+
+
+def gather_chunks(
+    state: RowState, slots: torch.Tensor, lengths: torch.Tensor, row_of_token: torch.Tensor,
+    offsets: torch.Tensor, iteration: torch.Tensor,
+) -> Gathered:  # fmt: skip
+    """Each row's next tokens, as many as `lengths` says; counts them as computed, and the iteration as begun.
+
+    Args:
+        state: `num_computed` changes.
+        slots: int64[B], distinct but for the padding slot.
+        lengths: int32[B].
+        row_of_token: int32[T], indexes into the batch's rows; -1 pads.
+        offsets: int32[T], the place of each token in its row's chunk.
+        iteration: int32[1], one is added.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        return rows.gather_chunks(state, slots, lengths, row_of_token, offsets, iteration)
+    iteration += 1
+    live = state.done.index_select(0, slots).logical_not_()
+    starts = state.num_computed.index_select(0, slots).mul_(live)
+    state.num_computed.index_add_(0, slots, live.to(torch.int32).mul_(lengths))
+    row = row_of_token.clamp(min=0)
+    padding = row_of_token < 0
+    live = live.index_select(0, row).masked_fill_(padding, False)
+    positions = starts.index_select(0, row).add_(offsets).masked_fill_(padding, 0)
+    gathered = _gather(state, slots.index_select(0, row), positions, live, starts.add_(lengths))
+    gathered.token_ids.masked_fill_(padding, 0)
+    return gathered
+
+
+def _gather(
+    state: RowState, slots: torch.Tensor, positions: torch.Tensor, live: torch.Tensor, seq_lens: torch.Tensor
+) -> Gathered:
+    """The tokens at these positions of these slots, and where their keys and values go."""
+    token_ids = state.tokens.view(-1).index_select(0, slots * state.tokens.shape[1] + positions)
+    entries = slots * state.block_tables.shape[1] + positions.div(state.block_size, rounding_mode="floor")
+    blocks = state.block_tables.view(-1).index_select(0, entries).to(torch.int64)
+    places = blocks.mul_(state.block_size).add_(positions.remainder(state.block_size))
+    return Gathered(token_ids, positions, places.masked_fill_(live.logical_not(), -1), seq_lens)
+
+
+def fork(state: RowState, slots: torch.Tensor, parents: torch.Tensor) -> None:
+    """Rows become copies of their parents, but for how they sample and where they end.
+
+    Args:
+        state: changed in place.
+        slots: int64[N], distinct.
+        parents: int64[N]; none of them is among `slots`.
+    """
+    for part in (state.tokens, state.block_tables, state.done):
+        part.index_copy_(0, slots, part.index_select(0, parents))
+    inherited = state.counters[:INHERITED]
+    inherited.index_copy_(1, slots, inherited.index_select(1, parents))
+
+
+def accept(
+    state: RowState, slots: torch.Tensor, token_ids: torch.Tensor, finite: torch.Tensor,
+    iteration: torch.Tensor, drawn: torch.Tensor,
+) -> None:  # fmt: skip
+    """Append what was drawn to the rows that go on, mark the rows that end, and note what happened.
+
+    Args:
+        state: tokens, num_tokens and done change.
+        slots: int64[R], distinct but for the padding slot.
+        token_ids: int32[R].
+        finite: bool[R]; where it is False, the row ends with `NAN` and takes no token.
+        iteration: int32[1], the place in `drawn`.
+        drawn: int32[m, 2, R], written at `iteration`: the tokens, and what became of each row: `WAS_DONE`,
+            `GOES_ON`, `NAN`, or `kernels.sample`'s STOP or LENGTH.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        rows.accept(state, slots, token_ids, finite, iteration, drawn)
+        return
+    was_done = state.done.index_select(0, slots)
+    takes = finite.logical_and(was_done.logical_not())
+    length = state.num_tokens.index_select(0, slots)
+    # A full row has no next place; it writes its last one's own token there.
+    max_len = state.tokens.shape[1]
+    place = slots * max_len + length.clamp(max=max_len - 1)
+    flat = state.tokens.view(-1)
+    flat.index_copy_(0, place, torch.where(takes, token_ids, flat.index_select(0, place)))
+    state.num_tokens.index_add_(0, slots, takes.to(torch.int32))
+    reasons = ended(token_ids, slots, state.columns, state.num_tokens, state.num_prompt, state.last_position)
+    outcome = torch.where(takes, reasons.to(torch.int32), NAN).masked_fill_(was_done, WAS_DONE)
+    state.done.index_copy_(0, slots, outcome.ne(GOES_ON))
+    drawn[int(iteration)] = torch.stack((token_ids, outcome))

@@ -1,0 +1,175 @@
+"""The rows' kernels in Triton beside the plain torch ones, on random states of rows."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from tests.support.triton import ARCHS, compile_for, device
+
+from kernels import rows  # isort: skip
+from kernels.blocks import copy_blocks_reference  # isort: skip
+from kernels.cuda import blocks as cuda_blocks  # isort: skip
+from kernels.cuda import rows as cuda_rows  # isort: skip
+
+SLOTS, MAX_LEN, BLOCK_SIZE, STOPS = 20, 64, 16, 130
+I32, I64 = torch.int32, torch.int64
+
+
+def clone(state: rows.RowState, place: str) -> rows.RowState:
+    """A deep copy of a state on a device; what are views of one matrix stay so."""
+    made = rows.RowState.allocate(SLOTS, MAX_LEN, BLOCK_SIZE, STOPS, 4, torch.device(place))
+    for name in ("tokens", "block_tables", "counters", "integers", "floats", "done"):
+        getattr(made, name).copy_(getattr(state, name))
+    for name in ("seed", "stop_ids"):
+        getattr(made.columns, name).copy_(getattr(state.columns, name))
+    return made
+
+
+def random_state(seed: int) -> rows.RowState:
+    """Rows in every condition: done, full, with many stop ids and with none."""
+    torch.manual_seed(seed)
+    state = rows.RowState.allocate(SLOTS, MAX_LEN, BLOCK_SIZE, STOPS, 4, torch.device("cpu"))
+    state.tokens.random_(0, 50)
+    state.block_tables.random_(0, 99)
+    prompt = torch.randint(1, 20, (SLOTS,), dtype=I32)
+    length = prompt + torch.randint(0, 40, (SLOTS,), dtype=I32)
+    state.num_prompt[:SLOTS], state.num_tokens[:SLOTS] = prompt, length
+    state.num_computed[:SLOTS] = length - 1
+    state.last_position[:SLOTS] = (length + torch.randint(1, 4, (SLOTS,), dtype=I32)).clamp(max=MAX_LEN)
+    state.integers[1, :SLOTS].random_(0, 30)
+    state.done[:SLOTS] = torch.rand(SLOTS) < 0.3
+    for slot in range(SLOTS):
+        count = int(torch.randint(0, STOPS + 1, ()))
+        state.columns.stop_ids[slot, :count] = torch.randint(0, 50, (count,), dtype=I32)
+    return state
+
+
+def same(expected: rows.RowState, got: rows.RowState) -> None:
+    for name in ("tokens", "block_tables", "counters", "integers", "floats", "done"):
+        torch.testing.assert_close(
+            getattr(got, name).cpu(), getattr(expected, name), rtol=0, atol=0, msg=name
+        )
+    torch.testing.assert_close(got.columns.stop_ids.cpu(), expected.columns.stop_ids, rtol=0, atol=0)
+    torch.testing.assert_close(got.columns.seed.cpu(), expected.columns.seed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_enter_and_write_spans(seed: int) -> None:
+    expected = random_state(seed)
+    got = clone(expected, device())
+    slots = torch.randperm(SLOTS)[:5]
+    columns = (
+        torch.randint(0, 40, (5, 4), dtype=I32),
+        torch.randint(0, 40, (5, 3), dtype=I32),
+        torch.rand(5, 6),
+        torch.randint(-(2**62), 2**62, (5,)),
+        torch.randint(0, 50, (5, 7), dtype=I32),
+    )
+    rows.enter(expected, slots, *columns)
+    cuda_rows.enter(got, slots.to(device()), *(c.to(device()) for c in columns))
+    source = torch.randint(0, 50, (3000,), dtype=I32)
+    spans = torch.tensor([[3, 5, 60], [700, 1001, 1], [100, 1200, 333], [500, 0, 0]])
+    rows.write_spans(expected.tokens.view(-1), source, spans, 333)
+    cuda_rows.write_spans(got.tokens.view(-1), source.to(device()), spans.to(device()), 333)
+    same(expected, got)
+
+
+def padded(slots: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.cat((slots, torch.full((size - len(slots),), SLOTS)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gather_decodes_and_accept(seed: int) -> None:
+    expected = random_state(seed)
+    got = clone(expected, device())
+    slots = padded(torch.randperm(SLOTS)[: 3 + 3 * seed], 24)
+    iteration = torch.tensor([0], dtype=I32)
+    there = iteration.to(device(), copy=True)
+    a = rows.gather_decodes(expected, slots, iteration)
+    b = cuda_rows.gather_decodes(got, slots.to(device()), there)
+    for part in fields(a):
+        torch.testing.assert_close(
+            getattr(b, part.name).cpu(), getattr(a, part.name), rtol=0, atol=0, msg=part.name
+        )
+    assert iteration.item() == there.item() == 1
+    tokens = torch.randint(0, 50, (24,), dtype=I32)
+    finite = torch.rand(24) < 0.8
+    drawn = torch.full((3, 2, 24), -77, dtype=I32)
+    drawn_there = drawn.to(device(), copy=True)
+    rows.accept(expected, slots, tokens, finite, iteration, drawn)
+    cuda_rows.accept(got, slots.to(device()), tokens.to(device()), finite.to(device()), there, drawn_there)
+    torch.testing.assert_close(drawn_there.cpu(), drawn, rtol=0, atol=0)
+    same(expected, got)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gather_chunks(seed: int) -> None:
+    expected = random_state(seed)
+    slots = torch.randperm(SLOTS)[: 4 + seed]
+    expected.num_computed[slots] //= 3
+    got = clone(expected, device())
+    room = expected.num_tokens[slots] - expected.num_computed[slots]
+    lengths = (torch.rand(len(slots)) * room).to(I32).clamp(min=1)
+    size, total = len(slots) + 3, int(lengths.sum()) + 5
+    row_of_token = torch.full((total,), -1, dtype=I32)
+    offsets = torch.zeros(total, dtype=I32)
+    row_of_token[: total - 5] = torch.arange(len(slots), dtype=I32).repeat_interleave(lengths)
+    offsets[: total - 5] = torch.cat([torch.arange(int(n), dtype=I32) for n in lengths])
+    lengths = torch.cat((lengths, torch.zeros(3, dtype=I32)))
+    parts = padded(slots, size), lengths, row_of_token, offsets
+    there = torch.tensor([-1], dtype=I32, device=device())
+    a = rows.gather_chunks(expected, *parts, torch.tensor([-1], dtype=I32))
+    b = cuda_rows.gather_chunks(got, *(p.to(device()) for p in parts), there)
+    for part in fields(a):
+        torch.testing.assert_close(
+            getattr(b, part.name).cpu(), getattr(a, part.name), rtol=0, atol=0, msg=part.name
+        )
+    same(expected, got)
+
+
+def test_copy_blocks() -> None:
+    torch.manual_seed(0)
+    pool = torch.randn(6, 10, 3, 16, 8)
+    there = pool.to(device(), copy=True)
+    src, dst = torch.tensor([1, 4, 4]), torch.tensor([0, 7, 9])
+    copy_blocks_reference(list(pool), src, dst)
+    cuda_blocks.copy_blocks(list(there), src.to(device()), dst.to(device()))
+    torch.testing.assert_close(there.cpu(), pool, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="one pool"):
+        cuda_blocks.copy_blocks([pool[0], pool[3], pool[4]], src, dst)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_they_compile(arch: int) -> None:
+    i32, i64, u8, f32 = "*i32", "*i64", "*u8", "*fp32"
+    cases = {
+        cuda_rows._enter_kernel: (
+            [i64, i32, i32, f32, i64, i32, i32, i32, f32, i64, i32, u8, "i32", "i32", "i32"],
+            {"NUM_COUNTERS": 4, "NUM_INTEGERS": 3, "NUM_FLOATS": 6, "STOPS": 1024},
+        ),
+        cuda_rows._write_spans_kernel: ([i32, i32, i64], {"SPAN": cuda_rows.SPAN}),
+        cuda_rows._gather_decodes_kernel: (
+            [i64, i32, u8, i32, i32, i32, i32, i32, i64, i32, "i32", "i32", "i32"],
+            {"BLOCK_SIZE": 16, "BLOCK": cuda_rows.BLOCK},
+        ),
+        cuda_rows._start_chunks_kernel: (
+            [i64, i32, i32, u8, i32, i32, i32, "i32"],
+            {"BLOCK": cuda_rows.BLOCK},
+        ),
+        cuda_rows._gather_chunks_kernel: (
+            [i64, i32, i32, i32, i32, i32, i32, i32, i64, "i32", "i32", "i32"],
+            {"BLOCK_SIZE": 16, "BLOCK": cuda_rows.BLOCK},
+        ),
+        cuda_rows._accept_kernel: (
+            [i64, i32, u8, i32, i32, i32, i32, i32, i32, i32, i32, u8, "i32", "i32", "i32"],
+            {"STOPS": cuda_rows.STOPS, "BLOCK": cuda_rows.ACCEPT_BLOCK},
+        ),
+        cuda_blocks._copy_blocks_kernel: ([i64, i64, i64, "i32", "i32"], {"WORDS": cuda_blocks.WORDS}),
+    }
+    for kernel, (types, constants) in cases.items():
+        names = [name for name in kernel.arg_names if name not in constants]
+        compiled = compile_for(kernel, arch, dict(zip(names, types, strict=True)), constants)
+        assert compiled.spilled == 0
