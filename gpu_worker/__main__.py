@@ -6,11 +6,14 @@ refuses it), so that a supervisor leaves it alone; 2 for bad settings; 1 for all
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 EXIT_UNUSABLE = 78
@@ -31,6 +34,19 @@ def check_kernels() -> str | None:
     )
 
 
+def wake_device() -> None:
+    """Let the CUDA driver make its context while Python imports torch: neither waits for the other."""
+
+    def work() -> None:
+        with contextlib.suppress(OSError, AttributeError):  # torch will say what is wrong with the driver
+            driver = ctypes.CDLL("libcuda.so.1")
+            context = ctypes.c_void_p()
+            if driver.cuInit(0) == 0:
+                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+
+    threading.Thread(target=work, name="wake-device", daemon=True).start()
+
+
 def main() -> int:
     """Run the worker; returns the exit code."""
     if (reason := check_kernels()) is not None:
@@ -39,6 +55,8 @@ def main() -> int:
     from gpu_worker.config import WorkerSettings
 
     settings = WorkerSettings.load()
+    if settings.device == "cuda":
+        wake_device()
     from gpu_worker.start import StartError, Worker, build
     from pagoda import logs
 

@@ -34,8 +34,18 @@ class WorkerSettings(ServiceSettings):
     )
     block_size: int = Field(16, ge=16, le=256, multiple_of=16, description="Tokens of one KV block.")
     num_blocks: int = Field(0, ge=0, description="KV blocks; 0: from the memory that is free.")
-    max_slots: int = Field(64, ge=1, le=4096, description="Most sequences at a time.")
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0.0,
+        le=1.0,
+        description="Share of a CUDA device's memory to fill; the KV blocks get the rest.",
+    )
+    max_slots: int = Field(
+        0, ge=0, le=4096, description="Most sequences at a time; 0: 64 on a CPU, 512 on a CUDA device."
+    )
     max_model_len: int = Field(0, ge=0, description="Longest sequence; 0: the model's, at most 32768.")
-    max_batched_tokens: int = Field(2048, ge=16, description="Most tokens of one iteration.")
-    max_horizon: int = Field(8, ge=1, le=256, description="Most iterations of one step.")
+    max_batched_tokens: int = Field(
+        0, ge=0, description="Most tokens of one iteration; 0: 2048 on a CPU, 8192 on a CUDA device."
+    )
+    max_horizon: int = Field(16, ge=1, le=256, description="Most iterations of one step.")
     metrics_port: int = Field(9402, ge=0, le=65535, description="Port of /metrics on 127.0.0.1; 0: none.")

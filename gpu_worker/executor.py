@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_worker import output
 from gpu_worker.metrics import WorkerMetrics
+from gpu_worker.output import Launched, OutputThread, collect, microseconds
 from gpu_worker.runner import Runner
 from gpu_worker.staging import Stager, StepError
 from pagoda.internal.v1 import worker_pb2
@@ -38,15 +38,22 @@ class DeviceExecutor:
         metrics: WorkerMetrics,
         on_result: OnResult,
         on_failure: OnFailure,
+        device: torch.device,
     ) -> None:
-        """`on_result` and `on_failure` are called from the executor's thread. After a `StepError` the
-        executor waits for the next reset; after any other error its thread has ended."""
+        """`on_result` and `on_failure` are called from a thread of the executor. After a `StepError` it waits
+        for the next reset; after any other error it has ended."""
+        self._device = device
         self._runner, self._stager = runner, stager
         self._metrics = metrics
         self._epoch = 0
         self._on_result, self._on_failure = on_result, on_failure
         self._queue: queue.SimpleQueue[worker_pb2.Step | _Reset | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
+
+        # A CPU is done with a step when the call returns; any other device is given the next one meanwhile.
+        self._output: OutputThread | None = None
+        if device.type != "cpu":
+            self._output = OutputThread(device, self._report, on_failure)
 
     def start(self) -> None:
         """Start working."""
@@ -69,6 +76,8 @@ class DeviceExecutor:
         self._drop_queued()
         self._queue.put(None)
         self._thread.join(timeout)
+        if self._output is not None:
+            self._output.close(timeout)
 
     def _drop_queued(self) -> None:
         while True:
@@ -79,14 +88,25 @@ class DeviceExecutor:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        if self._device.type == "cpu":
+            self._work()
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+            self._work()
+
+    def _work(self) -> None:
         ended = None
         broken = False
         while True:
             waited = self._queue.empty()
+            if waited:
+                self._capture_while_idle()
             item = self._queue.get()
             if item is None:
                 return
             if isinstance(item, _Reset):
+                if self._output is not None:
+                    self._output.flush()
                 self._stager.clear()
                 self._epoch, ended, broken = item.epoch, None, False
                 item.done.set()
@@ -104,18 +124,39 @@ class DeviceExecutor:
                 self._on_failure(error)
                 return
 
+    def _capture_while_idle(self) -> None:
+        """Capture the graphs that are still to come, for as long as there is nothing else to do."""
+        graphs = self._runner.graphs
+        while graphs is not None and self._queue.empty() and graphs.num_wanted:
+            graphs.capture_next()
+            self._metrics.graphs(graphs.num_wanted)
+
     def _step(self, step: worker_pb2.Step, started: float, idle: float) -> float:
-        """Run one step and report it; returns when the device was done with it."""
+        """Run one step; returns when the host was done with it."""
         if step.epoch != self._epoch:
             raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
         diff, batch = self._stager.stage(step)
         staged = time.perf_counter()
-        outputs = self._runner.run(diff, batch)
-        result = output.collect(step.epoch, step.step_id, outputs)
+        if self._output is not None:
+            began, done = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+            began.record()
+            outputs = self._runner.run(diff, batch)
+            done.record()
+            self._output.put(Launched(step.epoch, step.step_id, outputs, began, done, staged - started))
+            return time.perf_counter()
+        result = collect(step.epoch, step.step_id, self._runner.run(diff, batch))
         ended = time.perf_counter()
-        result.device_us = output.microseconds(ended - started)
-        result.idle_us = output.microseconds(idle)
+        result.device_us = microseconds(ended - started)
+        result.idle_us = microseconds(idle)
         self._on_result(result)
         reported = time.perf_counter()
         self._metrics.step(staged - started, ended - staged, reported - ended, idle, len(result.tokens))
         return ended
+
+    def _report(self, result: worker_pb2.StepResult, step: Launched) -> None:
+        """A result of the output thread."""
+        begun = time.perf_counter()
+        self._on_result(result)
+        spent = time.perf_counter() - begun
+        device, idle = result.device_us / 1e6, result.idle_us / 1e6
+        self._metrics.step(step.staged, device, spent, idle, len(result.tokens))

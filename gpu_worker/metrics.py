@@ -45,6 +45,11 @@ class WorkerMetrics:
             "pagoda:worker_last_step_age_seconds", "Time since the last step was done.", labels
         ).set_function(lambda: time.monotonic() - self._last_step)
         self._epoch = self._gauge("pagoda:worker_epoch", "The session's epoch, 0 without one.", labels)
+        self._graphs = self._gauge(
+            "pagoda:worker_graphs_pending",
+            "Graphs that are still to be captured when nothing else is to do.",
+            labels,
+        )
         self._last_sent = self._last_step = time.monotonic()
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
@@ -69,6 +74,10 @@ class WorkerMetrics:
         self._steps.inc()
         self._tokens.inc(num_tokens)
         self._last_step = time.monotonic()
+
+    def graphs(self, num_pending: int) -> None:
+        """Note how many graphs are still to be captured."""
+        self._graphs.set(num_pending)
 
     def sent(self) -> None:
         """Note that a message went to the scheduler."""

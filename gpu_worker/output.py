@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
 from gpu_worker.runner import StepOutputs
-from gpu_worker.slots import GOES_ON, NAN, WAS_DONE
+from kernels.rows import GOES_ON, NAN, WAS_DONE
 from pagoda.internal.v1 import worker_pb2
 
 MAX_UINT32 = 2**32 - 1
 
 
 def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepResult:
-    """Wait for a step's values and put them into columns. The times are the caller's to fill in."""
+    """Put a step's values, which the device has delivered, into columns. The times are the caller's."""
     result = worker_pb2.StepResult(epoch=epoch, step_id=step_id)
-    if not outputs.drawn:
+    if outputs.drawn is None:
         return result
-    drawn = outputs.drawn[0].unsqueeze(0) if len(outputs.drawn) == 1 else torch.stack(outputs.drawn)
-    values = drawn.cpu().numpy()
+    values = outputs.drawn.numpy()
     tokens, outcomes = values[:, 0], values[:, 1]  # [m, R] each
     taken = (outcomes != WAS_DONE) & (outcomes != NAN)
     result.tokens.extend(tokens.T[taken.T].tolist())
@@ -39,7 +43,6 @@ def _add_logprobs(columns: worker_pb2.LogprobColumns, outputs: StepOutputs, take
     iterations = [
         (p.token_logprob.tolist(), p.rank.tolist(), p.top_ids.tolist(), p.top_logprobs.tolist())
         for p in outputs.logprobs
-        if p is not None
     ]
     for row, wanted in enumerate(outputs.num_logprobs):
         if wanted < 0:
@@ -56,3 +59,78 @@ def _add_logprobs(columns: worker_pb2.LogprobColumns, outputs: StepOutputs, take
 def microseconds(seconds: float) -> int:
     """A duration as the wire carries it."""
     return min(MAX_UINT32, max(0, round(seconds * 1e6)))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that was handed to the device.
+
+    Attributes:
+        epoch, step_id: whose it is.
+        outputs: what it will have drawn.
+        began, ended: the device's own times.
+        staged: seconds that staging took on the host.
+    """
+
+    epoch: int
+    step_id: int
+    outputs: StepOutputs
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+    staged: float
+
+
+class OutputThread:
+    """Waits for the steps that a device was given, one after the other, and reports each."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        on_result: Callable[[worker_pb2.StepResult, Launched], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """Both are called from this thread; after a failure it ends."""
+        self._device, self._on_result, self._on_failure = device, on_result, on_failure
+        self._queue: queue.SimpleQueue[Launched | threading.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
+        self._thread.start()
+
+    def put(self, launched: Launched) -> None:
+        """Report this step when the device is done with it."""
+        self._queue.put(launched)
+
+    def flush(self) -> None:
+        """Wait until everything put so far has been reported; the next step has nothing before it."""
+        reported = threading.Event()
+        self._queue.put(reported)
+        while not reported.wait(0.2) and self._thread.is_alive():
+            continue
+
+    def close(self, timeout: float) -> None:
+        """End the thread when what was put has been reported."""
+        self._queue.put(None)
+        self._thread.join(timeout)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        last: torch.cuda.Event | None = None
+        # Logprobs are copied on a stream of their own, past the steps that are queued by then.
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            while (item := self._queue.get()) is not None:
+                if isinstance(item, threading.Event):
+                    last = None
+                    item.set()
+                    continue
+                try:
+                    self._report(item, last)
+                except BaseException as error:
+                    self._on_failure(error)
+                    return
+                last = item.ended
+
+    def _report(self, item: Launched, last: torch.cuda.Event | None) -> None:
+        item.ended.synchronize()
+        result = collect(item.epoch, item.step_id, item.outputs)
+        result.device_us = microseconds(item.began.elapsed_time(item.ended) / 1e3)
+        result.idle_us = microseconds(last.elapsed_time(item.began) / 1e3) if last is not None else 0
+        self._on_result(result, item)

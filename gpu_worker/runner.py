@@ -6,62 +6,165 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
+from gpu_worker.graphs import NUM_FIRST, Graphs
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.llama import Llama
 from gpu_worker.slots import Rows
-from gpu_worker.staging import Batch, Diff
-from kernels.sample import Sampled, SampledLogprobs, sample
+from gpu_worker.staging import Batch, Diff, Limits
+from kernels.rows import accept, fork
+from kernels.sample import Features, SampledLogprobs, sample
 
 
 @dataclass
 class StepOutputs:
-    """What a step drew, still on the device; one entry an iteration, R sampling rows in each."""
+    """What a step drew; one entry an iteration, R sampling rows in each."""
 
     num_logprobs: list[int]
     """For each sampling row, -1 where it wants none."""
-    drawn: list[torch.Tensor] = field(default_factory=list)
-    """int32[2, R]: tokens and outcomes, see `Rows.accept`."""
-    logprobs: list[SampledLogprobs | None] = field(default_factory=list)
+    drawn: torch.Tensor | None = None
+    """int32[m, 2, R] in host memory: tokens and outcomes, see `kernels.rows.accept`; None without rows that
+    sample."""
+    logprobs: list[SampledLogprobs] = field(default_factory=list)
+    """On the device."""
 
 
 class Runner:
-    """The model, its KV memory and the rows, driven by staged steps. It never reads the device."""
+    """The model, its KV memory and the rows, driven by staged steps. It never reads the device.
 
-    def __init__(self, model: Llama, cache: KVCache, rows: Rows) -> None:
+    Attributes:
+        padding: to what sizes batches are to be padded.
+        graphs: captured iterations; None without any padding, as on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        rows: Rows,
+        limits: Limits,
+        num_buffers: int,
+        padding: Padding | None = None,
+    ) -> None:
+        """`num_buffers` is one more than the steps that may be in flight; `padding` asks for graphs."""
         self._model, self._cache, self._rows = model, cache, rows
+        device = rows.state.tokens.device
+        on_device = device.type != "cpu"
+        size = 2 * limits.max_horizon * limits.max_slots
+        # Results leave the device through a ring, so that a step may be read while the next one runs.
+        self._drawn = torch.zeros(size, dtype=torch.int32, device=device)
+        self._ring = [
+            torch.empty(size, dtype=torch.int32, pin_memory=True) if on_device else None
+            for _ in range(num_buffers if on_device else 1)
+        ]
+        self._turn = 0
+        self.padding = padding or Padding()
+        self.graphs: Graphs | None = None
+        if padding is not None:
+            self.graphs = Graphs(self._compute, self._draw_plainly, rows, self.padding, device)
+
+    def capture_first(self) -> None:
+        """Capture the graphs without which nothing should be served."""
+        if self.graphs is not None:
+            for _ in range(NUM_FIRST):
+                self.graphs.capture_next()
+
+    def rehearse(self, shape: Shape) -> None:
+        """Run an iteration over padding alone, outside any graph: it changes nothing, compiles what it needs
+        and takes the memory that a real one takes."""
+        block = torch.from_numpy(padding_alone(shape, self._rows.state.padding_slot))
+        inputs = unpack(block.to(self._drawn.device), shape, self._rows.iota)
+        self._draw_plainly(self._compute(inputs), inputs, shape)
+
+    def rehearse_diff(self) -> None:
+        """Change nothing in every way in which a step may change rows and blocks."""
+        self._rows.rehearse(self._cache.tensors)
 
     def run(self, diff: Diff, batch: Batch) -> StepOutputs:
         """Apply a step and run its iterations."""
         outputs = StepOutputs(batch.num_logprobs)
         self._rows.apply(diff, self._cache.tensors)
-        if not batch.num_tokens:
+        if not batch.shape.tokens:
             return outputs
-        for _ in range(batch.num_iterations):
-            self._iterate(batch, outputs)
+        drawn = self._drawn_view(batch.shape, batch.num_iterations)
+        if self.graphs is not None and batch.forks is None and self.graphs.holds(batch):
+            self._replay(self.graphs, batch, outputs)
+        else:
+            inputs = unpack(batch.block, batch.shape, self._rows.iota)
+            for _ in range(batch.num_iterations):
+                self._iterate(inputs, batch, drawn, outputs)
+        if batch.num_logprobs:  # else there are only chunks that end before their prompts do
+            outputs.drawn = self._leave(drawn)[:, :, : len(batch.num_logprobs)]
         return outputs
 
-    def _iterate(self, batch: Batch, outputs: StepOutputs) -> None:
-        rows = self._rows
-        hidden, delta = self._model.forward(*rows.gather(batch, self._model.rotations))
-        rows.advance(batch)
-        if not batch.num_logprobs:  # only chunks that end before their prompts do
-            return
-        if batch.chunks is not None:
-            index = batch.chunks.sample_index
-            hidden, delta = hidden.index_select(0, index), delta.index_select(0, index)
-        sampled = self._sample(self._model.logits(hidden, delta), batch)
-        outputs.drawn.append(rows.accept(batch, sampled))
-        outputs.logprobs.append(sampled.logprobs)
+    def _drawn_view(self, shape: Shape, num_iterations: int) -> torch.Tensor:
+        return self._drawn[: num_iterations * 2 * shape.samples].view(num_iterations, 2, shape.samples)
 
-    def _sample(self, logits: torch.Tensor, batch: Batch) -> Sampled:
-        rows = self._rows
-        return sample(
+    def _leave(self, drawn: torch.Tensor) -> torch.Tensor:
+        """A copy in host memory, there when the work queued so far is done."""
+        self._turn = (self._turn + 1) % len(self._ring)
+        target = self._ring[self._turn]
+        if target is None:
+            return drawn.clone()
+        return target[: drawn.numel()].view(drawn.shape).copy_(drawn, non_blocking=True)
+
+    def _iterate(self, inputs: Inputs, batch: Batch, drawn: torch.Tensor, outputs: StepOutputs) -> None:
+        hidden = self._forward(inputs, batch.table_width)
+        if batch.forks is not None:
+            fork(self._rows.state, *batch.forks)
+        if batch.num_logprobs:
+            self._draw(self._logits(hidden, inputs), inputs, batch.features, drawn, outputs)
+
+    def _replay(self, graphs: Graphs, batch: Batch, outputs: StepOutputs) -> None:
+        """The same through a graph, cut before sampling where rows use more than temperature and seed."""
+        if batch.features == Features(any_random=batch.features.any_random):
+            graphs.replay(batch)
+            return
+        inputs = graphs.load(batch)
+        drawn = self._drawn_view(batch.shape, batch.num_iterations)
+        for _ in range(batch.num_iterations):
+            logits = graphs.replay_logits(batch.shape)
+            if batch.num_logprobs:
+                self._draw(logits, inputs, batch.features, drawn, outputs)
+
+    def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._model.forward(*self._rows.gather(inputs, self._model.rotations, table_width))
+
+    def _logits(self, hidden: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> torch.Tensor:
+        if inputs.chunks is not None:
+            index = inputs.chunks.sample_index
+            hidden = hidden[0].index_select(0, index), hidden[1].index_select(0, index)
+        return self._model.logits(*hidden)
+
+    def _compute(self, inputs: Inputs) -> torch.Tensor:
+        """Inputs to logits: what a graph captures."""
+        return self._logits(self._forward(inputs, self._rows.state.block_tables.shape[1]), inputs)
+
+    def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
+        """Logits to tokens in the rows: what a graph captures after that."""
+        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        inputs: Inputs,
+        features: Features,
+        drawn: torch.Tensor,
+        outputs: StepOutputs,
+    ) -> None:
+        state = self._rows.state
+        sampled = sample(
             logits,
-            batch.sample_slots,
-            rows.columns,
-            rows.tokens,
-            rows.num_tokens,
-            rows.num_prompt,
+            inputs.sample_slots,
+            state.columns,
+            state.tokens,
+            state.num_tokens,
+            state.num_prompt,
             self._model.vocab_size,
-            batch.features,
+            features,
         )
+        slots = inputs.sample_slots
+        accept(state, slots, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
+        if sampled.logprobs is not None:
+            outputs.logprobs.append(sampled.logprobs)

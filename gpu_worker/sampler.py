@@ -9,12 +9,8 @@ from functools import lru_cache
 from kernels.sample import GREEDY_BELOW, Features
 from pagoda.internal.v1 import worker_pb2
 
-MAX_STOP_IDS = 64
+MAX_STOP_IDS = 1024
 MAX_BIAS = 320
-
-# The kernels' 32-bit columns, in the order in which `RowColumns` holds their values.
-INTEGERS = ("top_k", "min_tokens", "num_logprobs")
-FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 
 
 class Trait(IntEnum):
@@ -32,9 +28,9 @@ class RowColumns:
     """One row's entries in the sampling columns."""
 
     integers: tuple[int, ...]
-    """In the order of `INTEGERS`."""
+    """In the order of `kernels.rows.INTEGERS`."""
     floats: tuple[float, ...]
-    """In the order of `FLOATS`."""
+    """In the order of `kernels.rows.FLOATS`."""
     seed: int
     stop_ids: list[int]
     bias_ids: list[int]

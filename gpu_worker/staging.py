@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from gpu_worker.sampler import MAX_BIAS, MAX_STOP_IDS, RowColumns, Trait, features_of, row_columns
+from gpu_worker.batch import Padding, Shape, pack
+from gpu_worker.buffers import Spans, Staging
+from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
+from kernels.attention import make_tiles
 from kernels.sample import Features
 from pagoda.internal.v1 import worker_pb2
-
-Values = Sequence[int] | np.ndarray
 
 
 class StepError(Exception):
@@ -56,9 +58,11 @@ class NewRows:
     seeds: torch.Tensor
     """int64[N]."""
     stop_ids: torch.Tensor
-    """int32[N, MAX_STOP_IDS]."""
-    contents: list[tuple[int, torch.Tensor, torch.Tensor]]
-    """Slot, tokens and blocks of each row that is no fork."""
+    """int32[N, W], W as wide as the longest needs; the rest of a row is padding."""
+    tokens: Spans | None = None
+    """Where the tokens of rows that are no forks go, in the flattened tokens of all slots."""
+    blocks: Spans | None = None
+    """Where their blocks go, in the flattened block tables."""
     biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """Slots whose biases change (int64[M]), the ids and values ([M, MAX_BIAS], int32 and float32)."""
 
@@ -70,97 +74,25 @@ class Diff:
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
     """Source and destination blocks, int64."""
     new_rows: NewRows | None = None
-    table_entries: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Places in the flattened block tables (int64) and the blocks that go there (int32)."""
+    table_entries: Spans | None = None
+    """Blocks that go to places in the flattened block tables."""
 
 
 @dataclass
 class Batch:
-    """One step's work, ready for the device: T tokens of B rows go through the forward, R rows sample."""
+    """One step's work, staged: T tokens of B rows go through the forward, R rows sample."""
 
     num_iterations: int
-    num_tokens: int
-    """T."""
-    slots: torch.Tensor
-    """int64[B]."""
-    sample_slots: torch.Tensor
-    """int64[R]."""
+    shape: Shape
+    block: torch.Tensor
+    """int32[shape.size], see `gpu_worker.batch`."""
     table_width: int
     """Entries of the batch's longest block table."""
     features: Features
     num_logprobs: list[int]
-    """For each sampling row, -1 where it wants none."""
-    chunks: Chunks | None = None
-    """How rows and tokens belong together; None when each row has one token, which it samples from."""
+    """For each sampling row, -1 where it wants none; padding is not counted."""
     forks: tuple[torch.Tensor, torch.Tensor] | None = None
     """Slots of forks and of their parents, int64."""
-
-
-@dataclass
-class Chunks:
-    """The shape of a ragged batch."""
-
-    lengths: torch.Tensor
-    """int32[B]."""
-    query_start: torch.Tensor
-    """int32[B + 1]."""
-    row_of_token: torch.Tensor
-    """int32[T], indexes into the batch's rows."""
-    offsets: torch.Tensor
-    """int32[T], place of each token in its chunk."""
-    sample_index: torch.Tensor
-    """int64[R], the token whose logits each sampling row draws from."""
-
-
-class Staging:
-    """A ring of int32 buffers in host memory, each with its place on the device.
-
-    `put` packs values into the current buffer and returns the device tensor in which they appear; they are
-    there for all work queued after `flush`. On a CPU both memories are one and `flush` has nothing to copy.
-    A buffer is used again after `num_buffers` steps: one more than may be in flight.
-    """
-
-    def __init__(self, device: torch.device, capacity: int, num_buffers: int) -> None:
-        pinned = device.type != "cpu"
-        self._host = [torch.empty(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(num_buffers)]
-        self._device = [torch.empty_like(h, device=device) for h in self._host] if pinned else self._host
-        self._arrays = [buffer.numpy() for buffer in self._host]
-        self._current = 0
-        self._used = 0
-
-    def begin(self) -> None:
-        """Start the next step's buffer."""
-        self._current = (self._current + 1) % len(self._host)
-        self._used = 0
-
-    def put(self, values: Values) -> torch.Tensor:
-        """int32[len(values)] on the device.
-
-        Raises:
-            StepError: the step is larger than a buffer.
-        """
-        start, end = self._used, self._used + len(values)
-        array = self._arrays[self._current]
-        if end > len(array):
-            raise StepError(f"more than the {len(array)} numbers that a step may carry")
-        array[start:end] = values
-        self._used = end + (end & 1)  # 64-bit values are read in place, so everything starts at an even index
-        return self._device[self._current][start:end]
-
-    def put_long(self, values: Values) -> torch.Tensor:
-        """int64[len(values)] on the device."""
-        return self.put(np.asarray(values, dtype=np.int64).view(np.int32)).view(torch.int64)
-
-    def put_matrix(self, values: np.ndarray) -> torch.Tensor:
-        """int32 or float32 [n, m] on the device, as `values` is."""
-        flat = self.put(np.ascontiguousarray(values).reshape(-1).view(np.int32))
-        return (flat.view(torch.float32) if values.dtype == np.float32 else flat).view(values.shape)
-
-    def flush(self) -> None:
-        """Queue the copy of everything put since `begin`."""
-        if self._device is not self._host:
-            n, i = self._used, self._current
-            self._device[i][:n].copy_(self._host[i][:n], non_blocking=True)
 
 
 class _HostRows:
@@ -176,11 +108,14 @@ class _HostRows:
 class Stager:
     """Turns step messages into a `Diff` and a `Batch`, and follows the rows' counts."""
 
-    def __init__(self, limits: Limits, device: torch.device, num_buffers: int) -> None:
+    def __init__(
+        self, limits: Limits, device: torch.device, num_buffers: int, padding: Padding | None = None
+    ) -> None:
+        """`num_buffers` is one more than the steps that may be in flight; `padding` is for graphs."""
         self._limits = limits
-        row = limits.max_len + limits.table_len + MAX_STOP_IDS + 2 * MAX_BIAS + 32
-        capacity = limits.max_slots * row + 8 * limits.max_batched_tokens + 4 * limits.num_blocks
-        self._staging = Staging(device, capacity, num_buffers)
+        self._padding = padding or Padding()
+        self._tiled = device.type != "cpu"
+        self._staging = Staging(device, 8 * limits.max_batched_tokens + 64 * limits.max_slots, num_buffers)
         self._rows = _HostRows(limits.max_slots)
 
     def clear(self) -> None:
@@ -193,7 +128,7 @@ class Stager:
         Raises:
             StepError: the step names a slot, block or length that does not fit.
         """
-        self._staging.begin()
+        self._staging.begin(self._bound(step))
         diff = Diff()
         self._release(step.released_slots)
         if len(step.copy_src_blocks) or len(step.copy_dst_blocks):
@@ -207,6 +142,15 @@ class Stager:
         batch = self._batch(step, parents)
         self._staging.flush()
         return diff, batch
+
+    def _bound(self, step: worker_pb2.Step) -> int:
+        """No fewer numbers than staging a step takes."""
+        rows = sum(len(r.tokens) + len(r.blocks) + len(r.sampling.stop_token_ids) for r in step.new_rows)
+        widest = max((len(r.sampling.stop_token_ids) for r in step.new_rows), default=0)
+        rows += len(step.new_rows) * (widest + 2 * MAX_BIAS + 64)
+        blocks = 8 * (len(step.append_slots) + len(step.replace_slots)) + 4 * len(step.copy_src_blocks)
+        batch = self._padding.largest(len(step.slots), max(len(step.slots), sum(step.num_tokens)))
+        return rows + blocks + batch + 4 * len(step.slots) + 256
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -222,8 +166,8 @@ class Stager:
         return self._staging.put_long(src), self._staging.put_long(dst)
 
     def _new_rows(self, rows: Sequence[worker_pb2.NewRow]) -> NewRows:
-        host, put = self._rows, self._staging.put
-        slots, counters, columns, contents = [], [], [], []
+        host, staging, limits = self._rows, self._staging, self._limits
+        slots, counters, columns, tokens, blocks = [], [], [], [], []
         for row in rows:
             slot, fork = row.slot, row.HasField("parent_slot")
             if slot >= self._limits.max_slots or host.used[slot]:
@@ -238,23 +182,28 @@ class Stager:
                 self._check_new_row(row)
                 host.num_tokens[slot], host.num_computed[slot] = len(row.tokens), row.num_computed
                 host.num_blocks[slot] = len(row.blocks)
-                contents.append((slot, put(row.tokens), put(row.blocks)))
+                tokens.append((slot * limits.max_len, staging.used, len(row.tokens)))
+                staging.put(row.tokens)
+                blocks.append((slot * limits.table_len, staging.used, len(row.blocks)))
+                staging.put(row.blocks)
             slots.append(slot)
             columns.append(column)
             counters.append((len(row.tokens), row.num_prompt_tokens, row.num_computed, row.last_position))
-        stop_ids = np.full((len(rows), MAX_STOP_IDS), -1, dtype=np.int32)
+        widest = max(1, *(len(c.stop_ids) for c in columns))
+        stop_ids = np.full((len(rows), widest), -1, dtype=np.int32)
         for i, column in enumerate(columns):
             stop_ids[i, : len(column.stop_ids)] = column.stop_ids
-        matrix = self._staging.put_matrix
+        matrix = staging.put_matrix
         new_rows = NewRows(
-            slots=self._staging.put_long(slots),
+            slots=staging.put_long(slots),
             counters=matrix(np.array(counters, dtype=np.int32)),
             integers=matrix(np.array([c.integers for c in columns], dtype=np.int32)),
             floats=matrix(np.array([c.floats for c in columns], dtype=np.float32)),
-            seeds=self._staging.put_long(np.array([c.seed for c in columns], dtype=np.uint64).view(np.int64)),
+            seeds=staging.put_long(np.array([c.seed for c in columns], dtype=np.uint64).view(np.int64)),
             stop_ids=matrix(stop_ids),
-            contents=contents,
         )
+        if tokens:
+            new_rows.tokens, new_rows.blocks = staging.put_spans(tokens), staging.put_spans(blocks)
         new_rows.biases = self._biases(slots, columns)
         return new_rows
 
@@ -275,7 +224,7 @@ class Stager:
         matrix = self._staging.put_matrix
         return self._staging.put_long([slot for slot, _ in changed]), matrix(ids), matrix(values)
 
-    def _table_entries(self, step: worker_pb2.Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def _table_entries(self, step: worker_pb2.Step) -> Spans:
         width, host = self._limits.table_len, self._rows
         if len(step.append_slots) != len(step.append_blocks):
             raise StepError(f"{len(step.append_slots)} slots to append {len(step.append_blocks)} blocks to")
@@ -296,8 +245,9 @@ class Stager:
             if index >= host.num_blocks[slot]:
                 raise StepError(f"slot {slot}: its block table has no entry {index}")
             places.append(slot * width + index)
-        blocks = [*step.append_blocks, *step.replace_blocks]
-        return self._staging.put_long(places), self._staging.put(blocks)
+        first = self._staging.used
+        self._staging.put([*step.append_blocks, *step.replace_blocks])
+        return self._staging.put_spans([(place, first + i, 1) for i, place in enumerate(places)])
 
     def _batch(self, step: worker_pb2.Step, parents: dict[int, int]) -> Batch:
         slots = np.array(step.slots, dtype=np.int64)
@@ -319,6 +269,7 @@ class Stager:
         forks = slots[forked]
         parent_of = np.array([parents[s] for s in forks.tolist()], dtype=np.int64)
         rows, chunk = slots[~forked], lengths[~forked]
+        starts = host.num_computed[rows]
         host.num_computed[rows] += chunk
         last_token = np.zeros(self._limits.max_slots, dtype=np.int64)
         last_token[rows] = np.cumsum(chunk) - 1
@@ -328,8 +279,7 @@ class Stager:
         for counts in (host.num_tokens, host.num_computed, host.num_blocks, last_token):
             counts[forks] = counts[parent_of]
         sampling = slots[host.num_computed[slots] == host.num_tokens[slots]]
-        batch = self._sampling_batch(step, int(chunk.sum()), rows, sampling)
-        batch.chunks = self._chunks(chunk, last_token[sampling])
+        batch = self._chunks(step, rows, chunk, starts, sampling, last_token[sampling])
         if len(forks):
             batch.forks = put_long(forks), put_long(parent_of)
         host.num_tokens[sampling] += 1
@@ -342,42 +292,51 @@ class Stager:
         if (left < 1).any():
             raise StepError(f"step {step.step_id}: a row has no token left to compute")
         samples = left == 1
-        if all_sample := bool(samples.all()):
-            batch = self._sampling_batch(step, len(slots), slots, slots)
+        starts = host.num_computed[slots]
+        host.num_computed[slots] += m
+        if samples.all():
+            shape = self._padding.decodes(len(slots))
+            batch = self._sampling_batch(step, shape, slots, slots, slots=slots)
+            host.num_tokens[slots] += m
         elif m == 1:
-            batch = self._sampling_batch(step, len(slots), slots, slots[samples])
-            batch.chunks = self._chunks(np.ones(len(slots), dtype=np.int64), np.flatnonzero(samples))
+            ones, sampling = np.ones(len(slots), dtype=np.int64), slots[samples]
+            batch = self._chunks(step, slots, ones, starts, sampling, np.flatnonzero(samples))
+            host.num_tokens[sampling] += 1
         else:
             raise StepError(f"step {step.step_id}: several iterations, and a row that does not sample")
-        host.num_computed[slots] += m
-        host.num_tokens[slots if all_sample else slots[samples]] += m
         return batch
 
+    def _chunks(
+        self,
+        step: worker_pb2.Step,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        starts: np.ndarray,
+        sampling: np.ndarray,
+        sample_index: np.ndarray,
+    ) -> Batch:
+        tiles = make_tiles(lengths, starts) if self._tiled else ((), ())
+        has_decodes = bool((lengths == 1).any())
+        sizes = (len(rows), int(lengths.sum()), len(sampling), len(tiles[0]), len(tiles[1]), has_decodes)
+        shape = self._padding.chunks(*sizes)
+        parts: dict[str, Any] = {"sample_slots": sampling, "sample_index": sample_index, "lengths": lengths}
+        if self._tiled:
+            parts["paged"], parts["fresh"] = tiles
+        return self._sampling_batch(step, shape, rows, sampling, slots=rows, **parts)
+
     def _sampling_batch(
-        self, step: worker_pb2.Step, num_tokens: int, rows: np.ndarray, sampling: np.ndarray
+        self, step: worker_pb2.Step, shape: Shape, rows: np.ndarray, sampling: np.ndarray, **parts: np.ndarray
     ) -> Batch:
         host = self._rows
-        slots = self._staging.put_long(rows)
         num_logprobs = host.num_logprobs[sampling].tolist()
         traits = int(np.bitwise_or.reduce(host.traits[sampling], initial=0))
         return Batch(
             num_iterations=step.num_iterations,
-            num_tokens=num_tokens,
-            slots=slots,
-            sample_slots=slots if sampling is rows else self._staging.put_long(sampling),
+            shape=shape,
+            block=self._staging.put(pack(shape, self._limits.max_slots, **parts)),
             table_width=int(host.num_blocks[rows].max(initial=1)),
             features=features_of(traits, max(num_logprobs, default=-1)),
             num_logprobs=num_logprobs,
-        )
-
-    def _chunks(self, lengths: np.ndarray, sample_index: np.ndarray) -> Chunks:
-        starts = np.cumsum(lengths) - lengths
-        return Chunks(
-            lengths=self._staging.put(lengths),
-            query_start=self._staging.put(np.append(starts, lengths.sum())),
-            row_of_token=self._staging.put(np.repeat(np.arange(len(lengths)), lengths)),
-            offsets=self._staging.put(np.arange(lengths.sum()) - np.repeat(starts, lengths)),
-            sample_index=self._staging.put_long(sample_index),
         )
 
     # ---------------------------------------------------------------------------------------- checks

@@ -8,7 +8,6 @@ import socket
 import time
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 import torch
@@ -17,34 +16,19 @@ import kernels.cpu
 from gpu_worker.config import WorkerSettings
 from gpu_worker.executor import DeviceExecutor
 from gpu_worker.hub_client import HubClient
-from gpu_worker.kv_cache import KVCache, block_bytes
+from gpu_worker.kv_cache import block_bytes
 from gpu_worker.metrics import WorkerMetrics
-from gpu_worker.models.config import ModelConfig, ModelError
-from gpu_worker.models.llama import Llama
+from gpu_worker.models.config import ModelError
 from gpu_worker.models.loader import ModelFiles, open_model
-from gpu_worker.runner import Runner
+from gpu_worker.placement import NUM_BUFFERS, StartError, place_on_cpu, place_on_cuda
 from gpu_worker.sampler import MAX_STOP_IDS
-from gpu_worker.slots import Rows
 from gpu_worker.staging import Limits, Stager, StepError
 from pagoda import models
 from pagoda.internal.v1 import worker_pb2
 
 PROTOCOL = 1
-LONGEST_DEFAULT = 32_768
-MAX_INFLIGHT = 8  # steps that the staging ring can hold beside the one being filled
-KV_SHARE = 0.25
-KV_CAP_BYTES = 4 << 30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EXIT_UNUSABLE = 78
 EXIT_RETRY = 1
-
-
-class StartError(Exception):
-    """The worker cannot start; the message says why, and `code` whether trying again may help."""
-
-    def __init__(self, message: str, code: int = EXIT_UNUSABLE) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True)
@@ -70,21 +54,12 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
     """
     started = time.monotonic()
     device, dtype = _device(settings), _dtype(settings)
+    name = settings.served_model_name or models.served_name(settings.model)
     try:
         files = open_model(models.resolve(settings.model), settings.load_format, settings.seed)
-        limits = _limits(settings, files.config, dtype, log)
-        name = settings.served_model_name or models.served_name(settings.model)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
-        cache = KVCache(files.config, limits.num_blocks, limits.block_size, dtype, device)
-        model = Llama(
-            files.config,
-            files.weights(),
-            cache,
-            dtype=dtype,
-            device=device,
-            vocab_size=files.vocab_size,
-            max_len=limits.max_len,
-        )
+        load = place_on_cpu if device.type == "cpu" else place_on_cuda
+        limits, runner = load(settings, files, dtype, device, log)
     except (FileNotFoundError, ModelError) as error:
         raise StartError(str(error)) from error
     group = settings.group_name or f"{socket.gethostname()}-{os.getpid()}"
@@ -93,13 +68,13 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         _serve_metrics(metrics, settings.metrics_port)
     hello = _hello(settings, files, limits, dtype, name, group)
     hub = HubClient(settings.scheduler, hello, settings.token, metrics, log)
-    rows = Rows(limits, device)
     executor = DeviceExecutor(
-        Runner(model, cache, rows),
-        Stager(limits, device, num_buffers=MAX_INFLIGHT + 1),
+        runner,
+        Stager(limits, device, NUM_BUFFERS, runner.padding),
         metrics,
         on_result=hub.deliver,
         on_failure=lambda error: hub.fail(error, fatal=not isinstance(error, StepError)),
+        device=device,
     )
     log.info("ready", seconds=round(time.monotonic() - started, 2), threads=kernels.cpu.threads())
     return Worker(hub, executor)
@@ -121,51 +96,6 @@ def _dtype(settings: WorkerSettings) -> torch.dtype:
         return DTYPES[settings.dtype]
     native = settings.device == "cuda" or kernels.cpu.bf16_is_native()
     return torch.bfloat16 if native else torch.float32
-
-
-def _limits(
-    settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype, log: structlog.stdlib.BoundLogger
-) -> Limits:
-    max_len = settings.max_model_len or min(config.max_position, LONGEST_DEFAULT)
-    if max_len > config.max_position:
-        raise StartError(f"--max-model-len {max_len} is more than the model's {config.max_position}")
-    size = block_bytes(config, settings.block_size, dtype)
-    num_blocks = settings.num_blocks
-    if not num_blocks:
-        needed = settings.max_slots * -(-max_len // settings.block_size)
-        free = _free_bytes(settings)
-        num_blocks = min(needed, int(min(free * KV_SHARE, KV_CAP_BYTES)) // size)
-        log.info(
-            "KV memory chosen: the least of a share of what is free, a cap, and what all slots could fill",
-            num_blocks=num_blocks,
-            tokens=num_blocks * settings.block_size,
-            mib=num_blocks * size >> 20,
-            free_mib=free >> 20,
-            share=KV_SHARE,
-            cap_mib=KV_CAP_BYTES >> 20,
-            all_slots_full=needed,
-        )
-    if num_blocks * settings.block_size < max_len:
-        log.warning("the KV memory cannot hold one sequence of the greatest length", max_model_len=max_len)
-    if num_blocks < 1:
-        raise StartError(f"there is no memory for a single KV block of {size} bytes")
-    return Limits(
-        max_slots=settings.max_slots,
-        max_len=max_len,
-        block_size=settings.block_size,
-        num_blocks=num_blocks,
-        max_batched_tokens=max(settings.max_batched_tokens, settings.max_slots),
-        max_horizon=settings.max_horizon,
-    )
-
-
-def _free_bytes(settings: WorkerSettings) -> int:
-    if settings.device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise StartError("/proc/meminfo does not say how much memory is available: set --num-blocks")
 
 
 def _serve_metrics(metrics: WorkerMetrics, port: int) -> None:

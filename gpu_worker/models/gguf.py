@@ -71,7 +71,7 @@ def open_gguf(path: Path) -> GgufModel:
         if name == ROPE_DIVISORS:
             continue
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[_name(name, path)] = Stored(path, shape, partial(_read, tensor, config))
+        tensors[_name(name, path)] = Stored(path, shape, partial(_read, tensor, config), int(tensor.n_bytes))
     return GgufModel(config, len(metadata["tokenizer.ggml.tokens"]), metadata, tensors)
 
 

@@ -24,7 +24,7 @@ class LayerLoader:
 
     def matrix(self, name: str, num_rows: int, num_columns: int, keep: int) -> PackedLinear:
         """The first `keep` rows of a matrix over the vocabulary; products with it are float32 logits."""
-        return pack(self.tensor(name, num_rows, num_columns)[:keep], out_dtype=torch.float32)
+        return _packed(self._stacked({name: num_rows}, num_columns)[:keep], None, torch.float32)
 
     def layer(self, index: int, caches: tuple[torch.Tensor, torch.Tensor]) -> Layer:
         """One layer over its keys and values, q, k and v in one matrix, gate and up in another."""
@@ -52,8 +52,30 @@ class LayerLoader:
 
     def _linear(self, place: str, parts: dict[str, int], num_inputs: int, has_bias: bool) -> PackedLinear:
         """Projections of one input, stacked: their names and numbers of outputs."""
-        weights = [self.tensor(f"{place}.{name}.weight", rows, num_inputs) for name, rows in parts.items()]
+        weight = self._stacked({f"{place}.{name}.weight": rows for name, rows in parts.items()}, num_inputs)
         biases = [self.tensor(f"{place}.{name}.bias", rows) for name, rows in parts.items() if has_bias]
-        return pack(
-            torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None
-        )
+        return _packed(weight, torch.cat(biases) if biases else None)
+
+    def _stacked(self, parts: dict[str, int], num_columns: int) -> torch.Tensor:
+        """Matrices one above the other: their names and numbers of rows.
+
+        A device's are filled in the background, each in its place, and must not be read before the source's
+        `finish`: there is never a second copy, and the next ones are asked for meanwhile.
+        """
+        if self._device.type == "cpu":
+            matrices = [self.tensor(name, rows, num_columns) for name, rows in parts.items()]
+            return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        shape = sum(parts.values()), num_columns
+        out = torch.empty(shape, dtype=self._dtype, device=self._device)
+        for name, part in zip(parts, out.split(list(parts.values())), strict=True):
+            self._weights.fill(name, part)
+        return out
+
+
+def _packed(
+    weight: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype | None = None
+) -> PackedLinear:
+    packed = pack(weight, bias, out_dtype)
+    if weight.device.type != "cpu" and packed.data.data_ptr() != weight.data_ptr():
+        raise AssertionError("pack must keep a device's matrix: its numbers are still on their way")
+    return packed

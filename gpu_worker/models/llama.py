@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from gpu_worker.kv_cache import KVCache
@@ -51,6 +53,13 @@ class Llama:
         self._norm = load.tensor("model.norm.weight", config.hidden_size)
         self._head = self._embed if config.tie_embeddings else load.matrix("lm_head.weight", *table)
         weights.finish()
+
+    def use(self, cache: KVCache) -> None:
+        """Read and write another cache from now on."""
+        layers = zip(self._layers.layers, cache.layers, strict=True)
+        self._layers = LayerStack(
+            [replace(layer, key_cache=keys, value_cache=values) for layer, (keys, values) in layers]
+        )
 
     def forward(self, token_ids: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Run T tokens (int32[T]) and write their keys and values.

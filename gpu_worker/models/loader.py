@@ -2,13 +2,16 @@
 
 A `WeightSource` hands out each tensor once, checked against the shape that the model expects, and at the end
 says what the files hold that the model has no place for: both are errors, because a model that is nearly
-loaded answers nonsense without a word.
+loaded answers nonsense without a word. Large tensors of a device other than the CPU are filled in place, many
+at a time (`stream.py`); they are there when `finish` has returned.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,22 +23,35 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gpu_worker.models.config import ModelConfig, ModelError, read_config
+from gpu_worker.models.stream import Span, Streamer, StreamError
 
 DIGEST_SAMPLES = 64
 DIGEST_SAMPLE_BYTES = 4096
 # Rotary tables that old checkpoints carry; we compute them from the config.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+# What safetensors calls the types that a device converts from.
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+REPORT_SECONDS = 2.0
+# Hears how many bytes of how many are loaded.
+Report = Callable[[int, int], None]
 
 
 class WeightSource(Protocol):
     """Where a model takes its tensors from, under Hugging Face's names."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor, of this shape, in whatever dtype the source has. Raises ModelError."""
+        """The tensor, of this shape, in whatever dtype the source has, on the CPU. Raises ModelError."""
+        ...
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        """Write the tensor, of `out`'s shape, into `out`: contiguous, float, on any device but the CPU.
+
+        It need not be there before `finish` returns. Raises ModelError.
+        """
         ...
 
     def finish(self) -> None:
-        """Raises ModelError when tensors are left that nothing took."""
+        """Wait for what is to be filled. Raises ModelError for that, and when nothing took a tensor."""
         ...
 
 
@@ -46,42 +62,122 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    num_bytes: int = 0
+    """In the file; 0 where that is not known."""
+    span: Span | None = None
+    """Its numbers, where they lie in the file as a device can use them."""
+
+
+class Progress:
+    """Counts the bytes that have come and says so now and then; any thread may count."""
+
+    def __init__(
+        self,
+        total: int,
+        report: Report,
+        every: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`report` is called with the bytes done and `total`, not more often than `every` seconds."""
+        self._total, self._report, self._every, self._clock = total, report, every, clock
+        self._done, self._next = 0, clock() + every
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        """So many more bytes have come."""
+        with self._lock:
+            self._done += num_bytes
+            now, done = self._clock(), self._done
+            if now < self._next:
+                return
+            self._next = now + self._every
+        self._report(done, self._total)
 
 
 class StoredWeights:
     """A `WeightSource` over tensors in files; nothing is read before it is taken."""
 
-    def __init__(self, where: Path, tensors: Mapping[str, Stored], tied: bool) -> None:
+    def __init__(
+        self,
+        where: Path,
+        tensors: Mapping[str, Stored],
+        tied: bool,
+        report: Report | None = None,
+    ) -> None:
+        """`report` hears every two seconds how many bytes of how many are loaded."""
         self._where = where
         self._left = {n: t for n, t in tensors.items() if not n.endswith(IGNORED_SUFFIXES)}
         if tied:
             self._left.pop("lm_head.weight", None)  # some checkpoints store the shared tensor twice
+        total = sum(stored.num_bytes for stored in self._left.values())
+        self._progress = Progress(total, report or (lambda done, of: None), REPORT_SECONDS)
+        self._files: dict[str, Path] = {}
+        self._streamer: Streamer | None = None
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """See `WeightSource.take`."""
-        stored = self._left.pop(name, None)
-        if stored is None:
-            raise ModelError(f"{self._where}: tensor {name} is missing")
-        if stored.shape != shape:
-            raise ModelError(
-                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
-                f"the config asks for {list(shape)}"
-            )
+        stored = self._pop(name, shape)
         try:
-            return stored.read()
+            values = stored.read()
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{stored.file}: tensor {name} cannot be read: {error}") from error
+            raise self._unreadable(stored.file, name, error) from error
+        self._progress.add(stored.num_bytes)
+        return values
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        """See `WeightSource.fill`."""
+        stored = self._pop(name, tuple(out.shape))
+        self._files[name] = stored.file
+        self._streamer = self._streamer or Streamer(out.device, self._progress.add)
+        try:
+            if stored.span is None:
+                self._streamer.fill_from(name, stored.read, stored.num_bytes, out)
+            else:
+                self._streamer.fill(name, stored.span, out)
+        except OSError as error:
+            raise self._unreadable(stored.file, name, error) from error
 
     def finish(self) -> None:
         """See `WeightSource.finish`."""
         if self._left:
             name, stored = next(iter(self._left.items()))
             more = f" (and {len(self._left) - 1} more)" if len(self._left) > 1 else ""
+            self._give_up()
             raise ModelError(f"{stored.file}: tensor {name} has no place in this architecture{more}")
+        if self._streamer is not None:
+            try:
+                self._streamer.finish()
+            except StreamError as error:
+                raise self._unreadable(self._files[error.name], error.name, error) from error
+
+    def _pop(self, name: str, shape: tuple[int, ...]) -> Stored:
+        stored = self._left.pop(name, None)
+        if stored is None:
+            self._give_up()
+            raise ModelError(f"{self._where}: tensor {name} is missing")
+        if stored.shape != shape:
+            self._give_up()
+            raise ModelError(
+                f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
+                f"the config asks for {list(shape)}"
+            )
+        return stored
+
+    def _unreadable(self, file: Path, name: str, error: Exception) -> ModelError:
+        self._give_up()
+        return ModelError(f"{file}: tensor {name} cannot be read: {error}")
+
+    def _give_up(self) -> None:
+        if self._streamer is not None:
+            self._streamer.abandon()
+            self._streamer = None
 
 
 class DummyWeights:
-    """A `WeightSource` that draws each tensor from its name and a seed, whatever the order of taking."""
+    """A `WeightSource` that draws each tensor from its name and a seed, whatever the order of taking.
+
+    A device draws other numbers than the CPU does, in the type that it is asked for.
+    """
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._std = config.initializer_range
@@ -91,11 +187,19 @@ class DummyWeights:
         """Ones for norms, else normal numbers, float32."""
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        generator = torch.Generator().manual_seed(self._seed_of(name))
         return torch.empty(shape).normal_(0.0, self._std, generator=generator)
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        """Normal numbers, drawn where `out` is."""
+        generator = torch.Generator(out.device).manual_seed(self._seed_of(name))
+        out.normal_(0.0, self._std, generator=generator)
 
     def finish(self) -> None:
         """Nothing can be left over."""
+
+    def _seed_of(self, name: str) -> int:
+        return zlib.crc32(f"{self._seed} {name}".encode())
 
 
 @dataclass(frozen=True)
@@ -107,7 +211,8 @@ class ModelFiles:
     digest: str
     vocab_size: int
     """Ids that the tokenizer knows; what the embedding has beyond is padding."""
-    weights: Callable[[], WeightSource]
+    weights: Callable[..., WeightSource]
+    """Called once with, optionally, what is to hear how many bytes of how many are loaded."""
 
 
 def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
@@ -127,8 +232,8 @@ def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
         files = safetensors_files(path) if load_format == "auto" else []
         digest = model_digest(config, files)
 
-        def weights() -> WeightSource:
-            return StoredWeights(path, safetensors_index(files), config.tie_embeddings)
+        def weights(report: Report | None = None) -> WeightSource:
+            return StoredWeights(path, safetensors_index(files), config.tie_embeddings, report)
 
     elif path.suffix == ".gguf":
         from gpu_worker.models.gguf import open_gguf  # costs 0.3 s, and only these files need it
@@ -137,14 +242,14 @@ def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
         config, vocab_size = source.config, min(source.config.vocab_size, source.vocab_size)
         digest = model_digest(config, [path] if load_format == "auto" else [])
 
-        def weights() -> WeightSource:
-            return StoredWeights(path, source.tensors, config.tie_embeddings)
+        def weights(report: Report | None = None) -> WeightSource:
+            return StoredWeights(path, source.tensors, config.tie_embeddings, report)
 
     else:
         raise ModelError(f"{path} is neither a folder nor a .gguf file")
     if load_format == "dummy":
 
-        def weights() -> WeightSource:
+        def weights(report: Report | None = None) -> WeightSource:
             return DummyWeights(config, seed)
 
         digest = f"dummy-{seed}-{digest}"
@@ -185,15 +290,30 @@ def safetensors_index(files: list[Path]) -> dict[str, Stored]:
     tensors: dict[str, Stored] = {}
     for file in files:
         try:
-            handle = safe_open(file, framework="pt")
+            handle = safe_open(file, framework="pt")  # checks that the header fits the file
+            first, header = _header(file)
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 if name in tensors:
                     raise ModelError(f"{file}: tensor {name} stands in {tensors[name].file.name} too")
-                shape = tuple(handle.get_slice(name).get_shape())
-                tensors[name] = Stored(file, shape, partial(handle.get_tensor, name))
+                start, end = header[name]["data_offsets"]
+                dtype = FLOATS.get(header[name]["dtype"])
+                tensors[name] = Stored(
+                    file,
+                    tuple(header[name]["shape"]),
+                    partial(handle.get_tensor, name),
+                    end - start,
+                    None if dtype is None else Span(file, first + start, dtype),
+                )
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} is truncated or no safetensors file: {error}") from error
     return tensors
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where a safetensors file's numbers begin, and what it says of each tensor."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return 8 + length, json.loads(stream.read(length))
 
 
 def tokenizer_vocab_size(folder: Path) -> int | None:

@@ -281,7 +281,7 @@ def hello(**changes: Any) -> wire.Hello:
         "max_batched_tokens": 64,
         "max_horizon": 1,
         "eos_token_ids": [2],
-        "max_stop_ids": 64,
+        "max_stop_ids": 1024,
     }
     return wire.Hello(**{**fields, **changes})
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from gpu_worker.batch import Padding
 from tests.unit.worker import harness
 
 
@@ -33,7 +34,14 @@ def tiny(
     return make
 
 
-@pytest.fixture
-def device(tiny: Callable[[str], tuple[transformers.PreTrainedModel, Path]]) -> harness.Device:
+PADDING = Padding(rows=(4, 8), chunk_rows=(4, 8), chunk_tokens=(32, 64, 128), spare_tiles=8)
+PLACES = ["cpu", "cpu padded", *(["cuda", "cuda graphs"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=PLACES)
+def device(
+    tiny: Callable[[str], tuple[transformers.PreTrainedModel, Path]], request: pytest.FixtureRequest
+) -> harness.Device:
     """A fresh hand-driven worker with a tiny Llama."""
-    return harness.Device(tiny("llama")[1])
+    place, _, how = request.param.partition(" ")
+    return harness.Device(tiny("llama")[1], padding=PADDING if how else None, place=torch.device(place))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from gpu_worker.batch import Padding
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import open_model
@@ -21,6 +22,7 @@ from pagoda.internal.v1 import worker_pb2
 
 VOCAB = 200
 CPU = torch.device("cpu")
+NUM_BUFFERS = 8
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -107,30 +109,41 @@ def limits(**changes: int) -> Limits:
 class Device:
     """A model with its rows, and the smallest scheduler that can drive them."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, **changes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        padding: Padding | None = None,
+        place: torch.device = CPU,
+        **changes: int,
+    ) -> None:
+        """With `padding`, batches are padded; a CUDA device runs such ones from graphs."""
         self.limits = limits(**changes)
         self.files = open_model(path, "auto", 0)
-        self.cache = KVCache(self.files.config, self.limits.num_blocks, self.limits.block_size, dtype, CPU)
+        self.cache = KVCache(self.files.config, self.limits.num_blocks, self.limits.block_size, dtype, place)
         self.model = Llama(
             self.files.config,
             self.files.weights(),
             self.cache,
             dtype=dtype,
-            device=CPU,
+            device=place,
             vocab_size=self.files.vocab_size,
             max_len=self.limits.max_len,
         )
-        self.rows = Rows(self.limits, CPU)
-        self.stager = Stager(self.limits, CPU, num_buffers=4)
-        self.runner = Runner(self.model, self.cache, self.rows)
+        self.place = place
+        self.rows = Rows(self.limits, place)
+        self.stager = Stager(self.limits, place, NUM_BUFFERS, padding)
+        graphs = padding if place.type == "cuda" else None
+        self.runner = Runner(self.model, self.cache, self.rows, self.limits, NUM_BUFFERS, graphs)
         self.logits: list[torch.Tensor] = []
-        compute = self.model.logits
+        draw = self.runner._draw
 
-        def recorded(hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-            self.logits.append(compute(hidden, delta).clone())
-            return self.logits[-1]
+        def recorded(logits: torch.Tensor, *rest: Any) -> None:
+            if place.type == "cpu" or not torch.cuda.is_current_stream_capturing():
+                self.logits.append(logits.to(CPU, copy=True))
+            draw(logits, *rest)
 
-        self.model.logits = recorded  # type: ignore[method-assign]
+        self.runner._draw = recorded  # type: ignore[method-assign]
         self.free = list(range(self.limits.num_blocks))
         self.sequences: dict[int, Sequence_] = {}
         self.step_id = 0
@@ -220,8 +233,11 @@ class Device:
 
     def read(self, sampling: list[int], outputs: StepOutputs) -> worker_pb2.StepResult:
         """Take a step's result and append its tokens to the sequences."""
+        if self.place.type == "cuda":
+            torch.cuda.synchronize()
         result = collect(1, 0, outputs)
-        counts = list(result.num_sampled) or [len(outputs.drawn)] * len(sampling)
+        iterations = 0 if outputs.drawn is None else len(outputs.drawn)
+        counts = list(result.num_sampled) or [iterations] * len(sampling)
         assert len(counts) == len(sampling) and sum(counts) == len(result.tokens)
         tokens = iter(result.tokens)
         for slot, count in zip(sampling, counts, strict=True):

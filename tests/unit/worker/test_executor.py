@@ -11,7 +11,7 @@ from gpu_worker.executor import DeviceExecutor
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.staging import StepError
 from pagoda.internal.v1 import worker_pb2
-from tests.unit.worker.harness import prompt
+from tests.unit.worker.harness import CPU, prompt
 
 WAIT_S = 60.0
 
@@ -25,7 +25,7 @@ class Harness:
         self.failures: queue.SimpleQueue = queue.SimpleQueue()
         self.metrics = WorkerMetrics("m", "g")
         self.executor = DeviceExecutor(
-            device.runner, device.stager, self.metrics, self.results.put, self.failures.put
+            device.runner, device.stager, self.metrics, self.results.put, self.failures.put, CPU
         )
         self.executor.start()
 

@@ -68,9 +68,9 @@ def test_a_worker_attaches_answers_and_ends(hub, start, tiny):
     assert (hello.vocab_size, hello.max_model_len, hello.max_slots) == (200, 128, 5)
     assert (hello.block_size, hello.num_device_blocks, hello.num_host_blocks) == (16, 64, 0)
     assert hello.block_bytes == 2 * 3 * 16 * 2 * 16 * 4
-    assert (hello.max_batched_tokens, hello.max_horizon) == (2048, 8)
+    assert (hello.max_batched_tokens, hello.max_horizon) == (2048, 16)
     assert hello.dtype == "float32" and hello.device.startswith("cpu")
-    assert list(hello.eos_token_ids) == [2] and hello.max_stop_ids == 64
+    assert list(hello.eos_token_ids) == [2] and hello.max_stop_ids == 1024
     assert hello.model_digest and hello.incarnation
     session.start(1)
     row = worker_pb2.NewRow(slot=2, tokens=prompt(9), num_prompt_tokens=9, blocks=[4], last_position=13)
@@ -136,7 +136,7 @@ def free_port() -> int:
         (["--model", "MODEL", "--max-model-len", "100000"], 78, "--max-model-len 100000"),
         (["--model", "MODEL", "--device", "cuda"], 78, "no CUDA device"),
         (["--model", "MODEL", "--block-size", "20"], 2, "--block-size"),
-        (["--model", "MODEL", "--max-slots", "0"], 2, "--max-slots"),
+        (["--model", "MODEL", "--max-slots", "5000"], 2, "--max-slots"),
     ],
 )
 def test_what_cannot_start(start, tiny, flags, code, said):

@@ -144,11 +144,11 @@ def test_stop_id_ends_a_row_and_masks_it(device):
         results.append(device.step({2: 1, 3: 1}, m=2))
         if sequence.ended and before is None:
             before = [c.clone() for c in device.cache.layers[0]]
-            written = device.rows.num_computed[2].item()
+            written = device.rows.state.num_computed[2].item()
     assert sequence.tokens[10:] == free[: place + 1]
     assert sequence.ended == STOP
     assert [list(r.num_sampled) for r in results][-1] == [0, 2]
-    assert device.rows.num_computed[2].item() == written
+    assert device.rows.state.num_computed[2].item() == written
     blocks = torch.tensor(sequence.blocks)
     for now, then in zip(device.cache.layers[0], before, strict=True):
         assert torch.equal(now[blocks], then[blocks])  # a masked row writes no keys and values
@@ -302,7 +302,7 @@ def row(**fields) -> worker_pb2.NewRow:
         (step(new_rows=[row(tokens=[3] * 129)]), "129 tokens"),
         (step(new_rows=[row(last_position=129)]), "last position 129"),
         (step(new_rows=[row(blocks=[200])]), "block 200"),
-        (step(new_rows=[row(sampling={"stop_token_ids": range(65)})]), "65 stop ids"),
+        (step(new_rows=[row(sampling={"stop_token_ids": range(1025)})]), "1025 stop ids"),
         (step(new_rows=[row(sampling={"bias_token_ids": [1]})]), "bias"),
         (step(new_rows=[row(), row(slot=2, parent_slot=1, tokens=[])], slots=[1, 2], num_tokens=[1, 0]),
          "parent"),

@@ -1,0 +1,121 @@
+"""CUDA graphs of whole iterations, one for each padded shape: captured once, replayed for every step.
+
+A launch from Python costs the host about ten times what it costs the device; a graph is one launch for
+everything between the staged block and the drawn tokens. Its inputs are a block at a fixed place (see
+`gpu_worker.batch`), everything else it reads stays where it is: weights, KV memory and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
+from gpu_worker.slots import Rows
+from gpu_worker.staging import Batch
+
+# Graphs without which a worker is not ready.
+NUM_FIRST = 4
+
+Compute = Callable[[Inputs], torch.Tensor]
+Draw = Callable[[torch.Tensor, Inputs, Shape], None]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    logits: torch.Tensor
+
+
+class Graphs:
+    """Captured iterations by shape, sharing one pool of memory and one block of inputs."""
+
+    def __init__(
+        self, compute: Compute, draw: Draw, rows: Rows, padding: Padding, device: torch.device
+    ) -> None:
+        """`compute` goes from inputs to logits; `draw` samples from them where no row asks for more than a
+        temperature and a seed; `padding` says which shapes will come."""
+        self._compute, self._draw, self._rows, self._padding = compute, draw, rows, padding
+        self._whole: dict[Shape, _Captured] = {}
+        self._to_logits: dict[Shape, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        largest = [padding.decodes(size) for size in padding.rows[-1:]]
+        largest += [
+            padding.chunks(count, tokens, count, 0, 0, has_decodes)
+            for has_decodes in (True, False)
+            for count in (padding.chunk_rows if has_decodes else padding.chunk_rows[:1])
+            for tokens in padding.chunk_tokens
+            if count <= tokens
+        ]
+        size = max((shape.size for shape in largest), default=0)
+        self._block = torch.zeros(size, dtype=torch.int32, device=device)
+        decodes = [padding.decodes(size) for size in padding.rows]
+        # Then largest first: what the larger ones leave in the pool, the smaller ones use again.
+        ragged = [shape for shape in largest if shape.is_ragged]
+        self._wanted = [*decodes[:NUM_FIRST], *reversed(decodes[NUM_FIRST:]), *reversed(ragged)]
+
+    @property
+    def num_wanted(self) -> int:
+        """Shapes that are still to be captured ahead of their use."""
+        return len(self._wanted)
+
+    def capture_next(self) -> Shape | None:
+        """Capture the next shape, the smallest decodes first; None when all are there."""
+        while self._wanted:
+            shape = self._wanted.pop(0)
+            if shape not in self._whole:
+                self._whole[shape] = self._capture(shape, with_draw=True)
+                return shape
+        return None
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether a batch is one that a graph can run."""
+        return self._padding.is_padded(batch.shape)
+
+    def load(self, batch: Batch) -> Inputs:
+        """Put a batch where the graphs of its shape read it."""
+        captured = self._get(self._to_logits, batch.shape, with_draw=False)
+        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
+        return captured.inputs
+
+    def replay(self, batch: Batch) -> None:
+        """Run all iterations of a batch, sampling included."""
+        graph = self._get(self._whole, batch.shape, with_draw=True).graph
+        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
+        for _ in range(batch.num_iterations):
+            graph.replay()
+
+    def replay_logits(self, shape: Shape) -> torch.Tensor:
+        """Run one iteration of the loaded batch up to its logits, which hold good until the next replay."""
+        captured = self._to_logits[shape]
+        captured.graph.replay()
+        return captured.logits
+
+    def _get(self, captured: dict[Shape, _Captured], shape: Shape, with_draw: bool) -> _Captured:
+        if shape not in captured:
+            captured[shape] = self._capture(shape, with_draw)
+        return captured[shape]
+
+    def _capture(self, shape: Shape, with_draw: bool) -> _Captured:
+        """Capture one shape over padding alone, which changes no row."""
+        rows = self._rows
+        block = self._block[: shape.size]
+        inputs = unpack(block, shape, rows.iota)
+
+        def iteration() -> torch.Tensor:
+            logits = self._compute(inputs)
+            if with_draw:
+                self._draw(logits, inputs, shape)
+            return logits
+
+        # Once outside the capture: kernels are compiled and libraries make their workspaces there.
+        block.copy_(torch.from_numpy(padding_alone(shape, rows.state.padding_slot)))
+        iteration()
+        torch.cuda.current_stream().synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = iteration()
+        return _Captured(graph, inputs, logits)
