@@ -90,7 +90,7 @@ def goes_on(running: Cluster) -> Iterator[None]:
         (TEXT, {"prompt": "x", "n": 8, "max_tokens": 900}, 400, "n"),
         (TEXT, {"prompt": "x", "logit_bias": {str(VOCABULARY): 1}}, 400, "logit_bias"),
         (TEXT, {"prompt": "x", "stop_token_ids": [VOCABULARY]}, 400, "stop_token_ids"),
-        (TEXT, {"prompt": "x", "stop_token_ids": list(range(100))}, 400, "stop_token_ids"),
+        (TEXT, {"prompt": "x", "stop_token_ids": list(range(1025))}, 400, "stop_token_ids"),
         (CHAT, {"messages": MESSAGES, "min_tokens": CONTEXT}, 400, "min_tokens"),
     ],
 )

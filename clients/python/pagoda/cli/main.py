@@ -59,7 +59,9 @@ def serve(
     horizon_ms: Annotated[
         Decimal, typer.Option(help="Device time that one step may cover; 0 is off.")
     ] = None,
-    max_batched_tokens: Annotated[Number, typer.Option(help="Token budget of one iteration.")] = None,
+    max_batched_tokens: Annotated[
+        Number, typer.Option(help="Token budget of one iteration, for scheduler and workers.")
+    ] = None,
     max_waiting: Annotated[Number, typer.Option(help="Requests that may wait; more are refused.")] = None,
     prefix_cache: Annotated[
         bool | None, typer.Option(help="Reuse the KV of prompts that begin alike.")
@@ -67,7 +69,13 @@ def serve(
     record: Annotated[File, typer.Option(help="Write the scheduler's event record, for replay.")] = None,
     block_size: Annotated[Number, typer.Option(help="Tokens of one KV block.")] = None,
     num_blocks: Annotated[Number, typer.Option(help="KV blocks; by default what fits the memory.")] = None,
-    max_slots: Annotated[Number, typer.Option(help="Most sequences at a time on a worker.")] = None,
+    gpu_memory_utilization: Annotated[
+        Decimal, typer.Option(help="Share of a GPU's memory that its worker fills; 0.9 by default.")
+    ] = None,
+    max_slots: Annotated[
+        Number,
+        typer.Option(help="Most sequences at a time on a worker; by default 64 on a CPU, 512 on CUDA."),
+    ] = None,
     max_model_len: Annotated[Number, typer.Option(help="Longest sequence, prompt and output.")] = None,
     threads: Annotated[Number, typer.Option(help="Threads of each CPU worker.")] = None,
     token: Token = None,
@@ -115,7 +123,7 @@ def _spec(given: dict[str, Any]) -> Any:
         scheduler_args=flags("max_inflight", "horizon_ms", "max_batched_tokens", "max_waiting", "record")
         + {None: (), True: ("--prefix-cache",), False: ("--no-prefix-cache",)}[given["prefix_cache"]],
         worker_args=flags("served_model_name", "max_batched_tokens", "block_size", "num_blocks")
-        + flags("max_slots", "max_model_len", "threads"),
+        + flags("gpu_memory_utilization", "max_slots", "max_model_len", "threads"),
         gateway_args=flags("served_model_name", "processes"),
     )
 
