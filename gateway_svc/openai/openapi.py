@@ -25,6 +25,13 @@ ANSWERS: dict[str, tuple[type, bool]] = {
     "/ready": (replies.Ready, False),
     "/version": (replies.Version, False),
 }
+# Before OpenAPI 3.2, the schema of a stream describes each of its events.
+EVENT = {
+    "type": "object",
+    "description": "A server-sent event. Its data is a chunk as JSON, or an error; the last one's is [DONE].",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
 ERRORS = {
     "400": "A field is wrong; `param` names it.",
     "401": "The bearer token is missing or wrong.",
@@ -62,7 +69,7 @@ def _build(app: FastAPI) -> dict[str, Any]:
                 answer, streams = ANSWERS[path]
                 content = {JSON: {"schema": schema_of[answer]}}
                 if streams:
-                    content[EVENTS] = {"schema": {"type": "string"}}
+                    content[EVENTS] = {"schema": EVENT}
             refusals = {code: {"description": text, "content": error} for code, text in ERRORS.items()}
             operation["responses"] = {"200": {"description": "Success.", "content": content}} | refusals
     return document

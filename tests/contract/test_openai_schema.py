@@ -95,6 +95,21 @@ def test_what_comes_back_is_documented(
     check()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/completions", {"prompt": "Hi"}),
+    ],
+)
+def test_streams_are_documented(api: schemathesis.BaseSchema, path: str, body: dict[str, Any]) -> None:
+    case = api[path]["POST"].Case(
+        body={"model": MODEL, "stream": True, **body}, media_type="application/json"
+    )
+    response = case.call_and_validate(checks=CHECKS)
+    assert response.headers["content-type"][0].startswith("text/event-stream")
+
+
 def test_the_surface_is_all_there(base_url: str) -> None:
     paths = httpx.get(f"{base_url}/openapi.json").json()["paths"]
     assert {(method.upper(), path) for path in paths for method in paths[path]} == set(OPERATIONS)
