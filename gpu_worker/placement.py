@@ -72,10 +72,7 @@ def place_on_cpu(
             cap_mib=KV_CAP_BYTES >> 20,
             all_slots_full=_all_slots(limits),
         )
-    if num_blocks * limits.block_size < limits.max_len:
-        log.warning(
-            "the KV memory cannot hold one sequence of the greatest length", max_model_len=limits.max_len
-        )
+    _warn_if_short(num_blocks, limits, log)
     if num_blocks < 1:
         raise StartError(f"there is no memory for a single KV block of {size} bytes")
     limits = replace(limits, num_blocks=num_blocks)
@@ -116,6 +113,7 @@ def place_on_cuda(
         raise StartError(str(error)) from error
     gib = {name: round(bytes_ / memory.GIB, 2) for name, bytes_ in vars(budget).items() if bytes_ > 1}
     log.info("KV memory chosen", num_blocks=num_blocks, tokens=num_blocks * trial.block_size, gib=gib)
+    _warn_if_short(num_blocks, trial, log)
     limits = replace(trial, num_blocks=num_blocks)
     cache = KVCache(files.config, num_blocks, limits.block_size, dtype, device)
     model.use(cache)
@@ -211,6 +209,13 @@ def _limits(settings: WorkerSettings, config: ModelConfig) -> Limits:
         max_batched_tokens=max(settings.max_batched_tokens or tokens, max_slots),
         max_horizon=settings.max_horizon,
     )
+
+
+def _warn_if_short(num_blocks: int, limits: Limits, log: structlog.stdlib.BoundLogger) -> None:
+    if num_blocks * limits.block_size < limits.max_len:
+        log.warning(
+            "the KV memory cannot hold one sequence of the greatest length", max_model_len=limits.max_len
+        )
 
 
 def _all_slots(limits: Limits) -> int:

@@ -21,7 +21,9 @@ class SchedulerSettings(ServiceSettings):
     metrics_port: int = Field(9401, ge=0, le=65535, description="Port of /metrics; 0 takes any.")
     max_inflight: int = Field(2, ge=1, le=8, description="Steps sent ahead of their results; 1 is lockstep.")
     horizon_ms: float = Field(8.0, ge=0, description="Device time that one step may cover; 0 is off.")
-    max_batched_tokens: int = Field(2048, ge=1, description="Token budget of one iteration.")
+    max_batched_tokens: int = Field(
+        8192, ge=1, description="Token budget of one iteration; a worker's own limit holds, too."
+    )
     max_waiting: int = Field(4096, ge=1, description="Requests that may wait; more are refused.")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that begin alike.")
     record: Path | None = Field(None, description="Write every event and plan to this file, for replay.")

@@ -251,18 +251,19 @@ class Engine:
 
     def _deliver(self, outputs: Outputs) -> None:
         for session, output in outputs.sessions.items():
-            for end in output.ended:
-                self._ended(end)
             sink = self.sinks.get(session)
             if sink is not None:
                 sink.deliver(output)
+            for end in output.ended:
+                self._live.pop(end.request_id, None)
+                # After the sessions' writers, which `deliver` has woken: nobody waits for a log line.
+                self._loop.call_soon(self._ended, end)
         for live, index in self._aborted:
             if live.session in self.sinks:
                 self.sinks[live.session].sample_aborted(live.handle, index)
         self._aborted.clear()
 
     def _ended(self, end: RequestEnd) -> None:
-        self._live.pop(end.request_id, None)
         self.metrics.request_ended(end)
         self._log.info(
             "request_end",
