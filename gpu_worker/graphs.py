@@ -71,6 +71,11 @@ class Graphs:
                 return shape
         return None
 
+    def forget(self, shape: Shape) -> None:
+        """Drop the graphs of a shape; its next batch captures it anew."""
+        self._whole.pop(shape, None)
+        self._to_logits.pop(shape, None)
+
     def holds(self, batch: Batch) -> bool:
         """Whether a batch is one that a graph can run."""
         return self._padding.is_padded(batch.shape)
