@@ -151,10 +151,10 @@ def _compiled_ahead(
 ) -> Iterator[Callable[[Runner], None]]:
     """Has the kernels compiled side by side, unless they are in the cache."""
     from kernels.cuda import compile as ahead  # Triton is for CUDA alone
+    from kernels.cuda.device import traits
 
-    major, minor = torch.cuda.get_device_capability(device)
     key = repr((files.config, files.vocab_size, dtype, limits))
-    warmer = ahead.warmer(10 * major + minor, key, len(os.sched_getaffinity(0)))
+    warmer = ahead.warmer(traits(device).capability, key, len(os.sched_getaffinity(0)))
     if warmer is None:
         yield lambda runner: None
         return

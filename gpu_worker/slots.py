@@ -51,7 +51,8 @@ class Rows:
         state = self.state
         slot = torch.full((1,), state.padding_slot, device=state.tokens.device)
         zeros = torch.zeros(1, MAX_STOP_IDS, dtype=torch.int32, device=state.tokens.device)
-        counters, integers, floats = (zeros[:, :n].contiguous() for n in (4, 3, 6))
+        columns = (state.counters, state.integers, state.floats)
+        counters, integers, floats = (zeros[:, : len(column)].contiguous() for column in columns)
         enter(state, slot, counters, integers, floats.float(), slot, zeros[:, :1].contiguous())
         state.done[state.padding_slot] = True
         nothing = torch.zeros(1, 3, dtype=torch.int64, device=state.tokens.device)

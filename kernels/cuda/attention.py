@@ -7,7 +7,6 @@ program has of a head that it shares with others goes to a workspace, to be comb
 al. 2023). A kv head's group of query heads is one tile of the tensor cores.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import Tiles
 from kernels.cuda import prefill
-from kernels.cuda.device import launch
+from kernels.cuda.device import launch, traits
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -41,15 +40,6 @@ class DecodeConfig(NamedTuple):
     num_stages: int = 5
     per_sm: int = 2
     min_tiles: int = 2
-
-
-@functools.cache
-def properties(device: torch.device) -> tuple[int, int]:
-    """Compute capability as 10 x major + minor, and the number of SMs; (0, 4) in Triton's interpreter."""
-    if device.type != "cuda":
-        return 0, 4
-    found = torch.cuda.get_device_properties(device)
-    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def paged_attention(
@@ -103,14 +93,14 @@ def decode(
     """Attention of the rows with exactly one query. `ragged`: there may be others, which are left out."""
     _, num_heads, dim = q.shape
     _, num_kv_heads, block_size, _ = value_cache.shape
-    capability, sms = properties(q.device)
-    config = config or decode_config(q.dtype, dim, capability)
+    device = traits(q.device)
+    config = config or decode_config(q.dtype, dim, device.capability)
     rows, group = seq_lens.shape[0], num_heads // num_kv_heads
     longest = block_tables.shape[1] * block_size
     if sliding_window is not None:
         longest = min(longest, sliding_window + config.block_n)
     most = rows * num_kv_heads * triton.cdiv(longest, config.block_n * config.min_tiles)
-    programs = min(config.per_sm * sms, most)
+    programs = min(config.per_sm * device.multiprocessors, most)
     parts = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2 * programs, group, 2), dtype=torch.float32, device=q.device)
     plan = dict(
@@ -124,8 +114,8 @@ def decode(
         MIN_TILES=config.min_tiles,
         RAGGED=ragged,
         WINDOW=sliding_window is not None,
-        PDL=capability >= 90,
-        overlaps=capability >= 90,
+        PDL=device.overlaps,
+        overlaps=device.overlaps,
     )
     lengths = (query_start, seq_lens, rows, sliding_window or 0)
     launch(

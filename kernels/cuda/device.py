@@ -12,23 +12,31 @@ class Traits(NamedTuple):
     """What differs between devices.
 
     Attributes:
+        capability: compute capability, 10 x major + minor.
+        multiprocessors: how many there are.
         shared_bytes: shared memory that one block may take.
-        overlaps: whether a kernel may start while the one before it still runs, and wait inside for its end
-            (programmatic dependent launch, sm_90 and newer).
     """
 
+    capability: int
+    multiprocessors: int
     shared_bytes: int
-    overlaps: bool
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a kernel may start while the one before it still runs, and wait inside for its end
+        (programmatic dependent launch)."""
+        return self.capability >= 90
 
 
 @functools.cache
 def traits(device: torch.device) -> Traits:
     """The traits of a CUDA device; of anything else (Triton's interpreter), the smallest."""
     if device.type != "cuda":
-        return Traits(99 << 10, False)
+        return Traits(0, 4, 99 << 10)
     properties = torch.cuda.get_device_properties(device)
     shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
-    return Traits(shared_bytes, properties.major >= 9)
+    capability = 10 * properties.major + properties.minor
+    return Traits(capability, properties.multi_processor_count, shared_bytes)
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, overlaps: bool = False, **options) -> None:

@@ -109,7 +109,7 @@ def choose_tile(n: int, k: int, bm: int, itemsize: int, device: torch.device) ->
 
 def fitted(tile: Tile, n: int, k: int, bm: int, itemsize: int, device: torch.device) -> Tile:
     """`tile` with as much of its stages, split and span as the device, the workspace and K allow."""
-    shared_bytes, overlaps = traits(device)
+    shared_bytes, overlaps = traits(device).shared_bytes, traits(device).overlaps
     stage_bytes = (tile.rows + bm) * tile.depth * itemsize
     # What the epilogue needs of shared memory reuses the stages'.
     stages = max(1, min(tile.stages, shared_bytes // stage_bytes))

@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attention import QUERY_TILE
+from kernels.cuda.device import traits
 
 LOG2_E = math.log2(math.e)
 
@@ -69,10 +70,8 @@ def fresh(
     Args:
         tiles: [M, 2] int32, `Tiles.fresh`.
     """
-    from kernels.cuda.attention import properties
-
     dim = q.shape[2]
-    config = config or prefill_config(False, q.dtype, dim, properties(q.device)[0], len(q) <= SHORT)
+    config = config or prefill_config(False, q.dtype, dim, traits(q.device).capability, len(q) <= SHORT)
     keys, values = new_keys, new_values
     # The copy engine wants 16 byte steps, and its tile is a power of two of whole heads.
     aligned = all((x.stride(0) * x.itemsize | x.data_ptr()) % 16 == 0 for x in (keys, values))
@@ -105,9 +104,7 @@ def paged(
     Args:
         tiles: [N, 2] int32, `Tiles.paged`.
     """
-    from kernels.cuda.attention import properties
-
-    config = config or prefill_config(True, q.dtype, q.shape[2], properties(q.device)[0])
+    config = config or prefill_config(True, q.dtype, q.shape[2], traits(q.device).capability)
     _launch(
         q, key_cache, value_cache, 0, 0, query_start, seq_lens, block_tables,
         query_start if table_rows is None else table_rows, block_tables.stride(0), tiles, scale, out,

@@ -337,7 +337,7 @@ def record(monkeypatch, arch):
     def launch(kernel, grid, *arguments, overlaps=False, **options):
         calls.append((kernel, arguments, options | ({"launch_pdl": True} if overlaps else {})))
 
-    traits = Traits(SHARED_BYTES[arch], arch >= 90)
+    traits = Traits(arch, 132, SHARED_BYTES[arch])
     for module in (linear, norm, rope, activation):
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "traits", lambda _: traits, raising=False)
