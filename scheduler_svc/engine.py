@@ -12,6 +12,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -97,6 +98,7 @@ class Engine:
         self._ready = False  # the core has had a worker, so that it can tell what fits
         self._live: dict[str, _Live] = {}  # by request_id
         self._aborted: list[tuple[_Live, int]] = []  # samples that this turn's events abort
+        self._late: list[Callable[[], None]] = []  # metrics and log lines of this turn
 
     # -------------------------------------------------------------------------- towards the workers
 
@@ -120,8 +122,9 @@ class Engine:
         self._post(WorkerLost(name))
         self._changed()
 
-    def step_done(self, event: StepDone) -> None:
-        """A worker answered a step."""
+    def step_done(self, event: StepDone, wire_s: float) -> None:
+        """A worker answered a step, of whose time the wire took `wire_s` that no other step hid."""
+        self._late.append(partial(self.metrics.step, wire_s, event.device_us / 1e6, event.idle_us / 1e6))
         self._post(event)
 
     def _changed(self) -> None:
@@ -222,7 +225,10 @@ class Engine:
             self._dispatch(started)
             dispatched = self._clock()
             self._deliver(outputs)
-            self.metrics.turn(dispatched - started, self._clock() - dispatched)
+            self._late.append(partial(self.metrics.turn, dispatched - started, self._clock() - dispatched))
+            # After the writers, which this turn has woken: nobody waits for a metric or a log line.
+            late, self._late = self._late, []
+            self._loop.call_soon(_call_all, late)
         except Exception as error:
             # The core's state can no longer be trusted; the process ends and its supervisor restarts it.
             self.failed.set_exception(error)
@@ -244,10 +250,10 @@ class Engine:
                     self._recorder.planned(worker, now, plan)
                 if plan is None:
                     break
-                self.metrics.planned(plan)
                 if self._send is not None:
                     num_sampling = len(self.core.workers[worker].inflight[-1].sampling)
                     self._send(plan, num_sampling, encode_step(plan))
+                self._late.append(partial(self.metrics.planned, plan))
 
     def _deliver(self, outputs: Outputs) -> None:
         for session, output in outputs.sessions.items():
@@ -256,8 +262,7 @@ class Engine:
                 sink.deliver(output)
             for end in output.ended:
                 self._live.pop(end.request_id, None)
-                # After the sessions' writers, which `deliver` has woken: nobody waits for a log line.
-                self._loop.call_soon(self._ended, end)
+                self._late.append(partial(self._ended, end))
         for live, index in self._aborted:
             if live.session in self.sinks:
                 self.sinks[live.session].sample_aborted(live.handle, index)
@@ -281,6 +286,11 @@ class Engine:
             total_s=_between(end.arrived, end.ended),
             failure=end.failure,
         )
+
+
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _between(start: float | None, end: float | None) -> float | None:

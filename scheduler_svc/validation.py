@@ -54,7 +54,7 @@ def check_request(
     """
     if len(request.request_id.encode()) > MAX_REQUEST_ID_BYTES:
         raise InvalidRequest("request_id", f"is longer than {MAX_REQUEST_ID_BYTES} bytes")
-    prompt = tuple(request.prompt_token_ids)
+    prompt = tuple(request.prompt_token_ids[:])  # a slice is made in C, an iteration is not
     if not prompt:
         raise InvalidRequest("prompt_token_ids", "is empty; at least one token is needed")
     _check_ids("prompt_token_ids", prompt, model.vocab_size)

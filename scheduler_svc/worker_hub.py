@@ -277,10 +277,7 @@ class WorkerHub:
         # What the window hides is no cost: a step behind another one begins when that one's result comes.
         since = now - max(sent, group.last_result)
         group.last_result = now
-        self._engine.metrics.step(
-            max(0.0, since - result.device_us / 1e6), result.device_us / 1e6, result.idle_us / 1e6
-        )
-        self._engine.step_done(event)
+        self._engine.step_done(event, max(0.0, since - result.device_us / 1e6))
 
     def _compare(self, group: Group, rank: int, step_id: int, checksum: int) -> None:
         """Ranks must have drawn the same tokens."""

@@ -28,8 +28,12 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     decodes = _make_room(worker, stats)
     if decodes is None:
         return None
+    if not (decodes.size or worker.prefilling or worker.gathering or worker.queue):
+        worker.blocked = ""
+        return None
     step = _Step(worker, stats, now, decodes)
-    step.decode(1)
+    if decodes.size:
+        step.decode(1)
     step.continue_prefills()
     step.start_followers()
     step.admit()
@@ -48,7 +52,8 @@ def _make_room(worker: Worker, stats: Stats) -> Column | None:
     """
     while True:
         decodes = worker.rows.decoding()
-        need = int(_lacking(worker, decodes, 1).sum()) + _tail_copies(worker)
+        need = int(_lacking(worker, decodes, 1).sum()) if decodes.size else 0
+        need += _tail_copies(worker) if worker.shared_tails else 0
         if not decodes.size and worker.prefilling and not worker.inflight:
             # Prompts may hold all blocks between them: the oldest must be able to go on.
             oldest = next(iter(worker.prefilling.values()))

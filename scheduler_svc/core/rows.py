@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scheduler_svc.core.request import NO_SLOT, Sequence
 
 Column = npt.NDArray[np.int64]
+_NO_SLOTS: Column = np.zeros(0, np.int64)
 
 
 class Rows:
@@ -63,4 +64,6 @@ class Rows:
 
     def decoding(self) -> Column:
         """Slots of the rows that can decode now, in order."""
+        if len(self._free) == self.max_slots:  # what waits for a first token waits for no search, either
+            return _NO_SLOTS
         return np.flatnonzero((self.scheduled >= self.known) & (self.scheduled < self.last))

@@ -12,7 +12,15 @@ from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.__main__ import Service
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.config import CoreConfig
-from scheduler_svc.core.events import Finish, Outputs, Plan, RequestArrived, RequestStopped, WorkerAttached
+from scheduler_svc.core.events import (
+    Finish,
+    Outputs,
+    Plan,
+    RequestArrived,
+    RequestStopped,
+    StepDone,
+    WorkerAttached,
+)
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import InvalidRequest, NoWorker
@@ -80,6 +88,37 @@ async def test_what_comes_in_one_turn_is_applied_together(
     await asyncio.sleep(0)
     assert core.given[1:] == [(5.0, ["RequestArrived"] * 3 + ["RequestStopped"])]
     assert [len(plan.slots) for plan in sent] == [2, 2], "two steps ahead, the stopped request left out"
+
+
+async def test_metrics_and_log_lines_come_after_the_writers(engine: Engine, sent: list[Plan]) -> None:
+    happened: list[str] = []
+    wake = asyncio.Event()
+
+    class Waking(Box):
+        def deliver(self, output: Any) -> None:
+            wake.set()
+
+    async def write() -> None:
+        await wake.wait()
+        happened.append("written")
+
+    for name in ("planned", "turn", "step", "request_ended"):
+        setattr(engine.metrics, name, lambda *_, name=name: happened.append(name))
+    session = engine.open_session(Waking())
+    engine.submit(session, 1, request([1, 2], "r", max_tokens=1))
+    await asyncio.sleep(0)
+    assert len(sent) == 1 and happened == [], "the step goes first"
+    await asyncio.sleep(0)
+    assert happened == ["planned", "turn"]
+    happened.clear()
+    writer = asyncio.create_task(write())
+    await asyncio.sleep(0)
+    engine.step_done(StepDone("w0", 1, 0, [7], [], [0], [2], (), 11_000, 5), 0.001)
+    await asyncio.sleep(0)
+    assert happened == [], "neither before what is written"
+    await writer
+    await asyncio.sleep(0)
+    assert happened == ["written", "step", "request_ended", "turn"]
 
 
 async def test_a_request_gets_a_key_an_id_and_a_seed(engine: Engine, core: Watched) -> None:
