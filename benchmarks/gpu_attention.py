@@ -5,6 +5,7 @@ behind a long context. Calls of one graph take different blocks, so that none fi
 FlashAttention 3 runs on the same shapes where vLLM can be imported.
 
     python benchmarks/gpu_attention.py [--configs all] [--only decode] [--out FILE.json]
+    python benchmarks/gpu_attention.py --prefill-candidates   # ways to cut long prompts, as a table
 """
 
 import argparse
@@ -33,6 +34,7 @@ DECODE = (
 PREFILL = ((1, 512, 512), (16, 1024, 1024), (4, 4096, 4096), (1, 16384, 16384), (1, 2048, 16384))
 # The longest fill a multiple of 16 blocks, as the timed ones do: Triton compiles other strides anew.
 CHECKED = [(1, n) for n in (1, 15, 17, 64, 700, 2048, 333, 4096, 100)]
+CHECKED_LONG = [(1, 16384), (1, 5000), (1, 7)]
 CHECKED_MANY = [(1, 1 + 7 * i % 256) for i in range(150)]
 CHECKED_CHUNKS = [(300, 300), (129, 129), (2, 2), (200, 1536), (1000, 1000), (129, 140), (0, 7), (1, 900)]
 
@@ -57,6 +59,22 @@ PAGED_CONFIGS = {
     "128x64x8": PrefillConfig(128, 64, 8, 3),
     "128x64x8 deep": PrefillConfig(128, 64, 8, 5),
     "128x64x4": PrefillConfig(128, 64, 4, 3),
+}
+# What --prefill-candidates compares, and where (name: tile, warps, stages).
+LONG = ((1, 16384, 16384), (4, 4096, 4096), (1, 2048, 16384))
+FRESH_CANDIDATES = {
+    "current": None,
+    "128x128x8 2": PrefillConfig(128, 128, 8, 2, descriptors=True),
+    "128x128x8 3": PrefillConfig(128, 128, 8, 3, descriptors=True),
+    "64x128x4 2": PrefillConfig(64, 128, 4, 2, descriptors=True),
+    "64x64x4 2": PrefillConfig(64, 64, 4, 2, descriptors=True),
+}
+PAGED_CANDIDATES = {
+    "current": None,
+    "128x128x8 2": PrefillConfig(128, 128, 8, 2),
+    "128x64x8 3": PrefillConfig(128, 64, 8, 3),
+    "64x128x4 3": PrefillConfig(64, 128, 4, 3),
+    "64x64x4 3": PrefillConfig(64, 64, 4, 3),
 }
 
 
@@ -162,11 +180,16 @@ def check_public(heads: tuple[int, int, int], dtype: torch.dtype, window: int | 
 
 
 def check_decode(heads: tuple[int, int, int], config: DecodeConfig | None) -> float:
+    """Also that every run gives the same bits, whichever program adds up a head that several share."""
     errors = []
-    for rows in (CHECKED, CHECKED_MANY):
-        x = Pool(heads, 40_000).take(rows)
+    for rows in (CHECKED, CHECKED_MANY, CHECKED_LONG):
+        x = Pool(heads, 50_000).take(rows)
         decode(x, config)
         errors.append(error(x))
+        first = x.out.clone()
+        for _ in range(20):
+            decode(x, config)
+            errors.append(0.0 if torch.equal(x.out, first) else float("inf"))
     return max(errors)
 
 
@@ -256,10 +279,10 @@ def time_decode(report: Report, configs: dict, peer) -> None:
                 report.add(lambda: speed(peer), "TB/s", **what, config="FlashAttention 3")
 
 
-def time_prefill(report: Report, fresh_configs: dict, paged_configs: dict, peer) -> None:
+def time_prefill(report: Report, fresh_configs: dict, paged_configs: dict, peer, cases=PREFILL) -> None:
     heads = SHAPES[0]
     pool = Pool(heads, 70_000)
-    for rows, new, context in PREFILL:
+    for rows, new, context in cases:
         flops = 4 * rows * heads[0] * heads[2] * (new * (context - new) + new * new / 2)
         inputs = [pool.take([(new, context)] * rows) for _ in range(2)]
         what = {"kind": "prefill", "heads": heads, "rows": rows, "new": new, "context": context}
@@ -278,12 +301,34 @@ def time_prefill(report: Report, fresh_configs: dict, paged_configs: dict, peer)
             report.add(lambda: speed(peer), "TFLOP/s", **what, config="FlashAttention 3")
 
 
-def check(report: Report, decodes: dict, fresh_configs: dict, paged_configs: dict) -> None:
+def tabulate(report: Report) -> None:
+    """The candidates' TFLOP/s, and what share of FlashAttention 3's that is."""
+    timed = {
+        ((r["rows"], r["new"], r["context"]), r["config"]): r.get("TFLOP/s")
+        for r in report.results
+        if r.get("kind") == "prefill"
+    }
+    print(f"\n{'':24}", *(f"{rows}x{new}/{context}".rjust(18) for rows, new, context in LONG))
+    for config in dict.fromkeys(config for _, config in timed):
+        cells = []
+        for case in LONG:
+            speed, peer = timed.get((case, config)), timed.get((case, "FlashAttention 3"))
+            share = f" ({speed / peer:.3f})" if speed and peer else ""
+            cells.append((f"{speed:.0f}{share}" if speed else "-").rjust(18))
+        print(f"{config:24}", *cells)
+
+
+def check(
+    report: Report, decodes: dict, fresh_configs: dict, paged_configs: dict, mixed: bool = True
+) -> None:
     """All checks; the kernels are compiled side by side first."""
+    batches = (
+        *((h, torch.bfloat16, None) for h in SHAPES), (SHAPES[0], torch.bfloat16, 100),
+        ((9, 3, 64), torch.float32, None),
+    ) if mixed else ()  # fmt: skip
     todo = [
         *(({"check": "mixed", "heads": h, "dtype": str(t), "window": w}, lambda a=(h, t, w): check_public(*a))
-          for h, t, w in (*((h, torch.bfloat16, None) for h in SHAPES), (SHAPES[0], torch.bfloat16, 100),
-                          ((9, 3, 64), torch.float32, None))),
+          for h, t, w in batches),
         *(({"check": "decode", "heads": h, "config": n}, lambda a=(h, c): check_decode(*a))
           for h in SHAPES for n, c in decodes.items()),
         *(({"check": "fresh", "config": n}, lambda a=(c, False): check_prefill(*a))
@@ -292,7 +337,7 @@ def check(report: Report, decodes: dict, fresh_configs: dict, paged_configs: dic
           for n, c in paged_configs.items()),
     ]  # fmt: skip
     start = time.perf_counter()
-    with ThreadPoolExecutor(12) as pool:
+    with ThreadPoolExecutor(16) as pool:
         for _, run in todo:
             pool.submit(run)
     torch.cuda.synchronize()
@@ -302,31 +347,41 @@ def check(report: Report, decodes: dict, fresh_configs: dict, paged_configs: dic
         report.add(run, "error", **what)
 
 
+def run(report: Report, configs: str, only: str | None) -> None:
+    chosen = [DECODE_CONFIGS, FRESH_CONFIGS, PAGED_CONFIGS]
+    if configs == "default":
+        chosen = [{"default": None}] * 3
+    decodes, fresh_configs, paged_configs = chosen
+    if only == "decode":
+        fresh_configs = paged_configs = {}
+    if only == "prefill":
+        decodes = {}
+    check(report, decodes, fresh_configs, paged_configs)
+    peer = fa3()
+    if only != "prefill":
+        time_decode(report, decodes, peer)
+    if only != "decode":
+        time_prefill(report, fresh_configs, paged_configs, peer)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--configs", choices=["default", "all"], default="default")
     parser.add_argument("--only", choices=["decode", "prefill"])
+    parser.add_argument("--prefill-candidates", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    chosen = [DECODE_CONFIGS, FRESH_CONFIGS, PAGED_CONFIGS]
-    if arguments.configs == "default":
-        chosen = [{"default": None}] * 3
-    decodes, fresh_configs, paged_configs = chosen
-    if arguments.only == "decode":
-        fresh_configs = paged_configs = {}
-    if arguments.only == "prefill":
-        decodes = {}
     report = Report()
-    check(report, decodes, fresh_configs, paged_configs)
-    peer = fa3()
-    if arguments.only != "prefill":
-        time_decode(report, decodes, peer)
-    if arguments.only != "decode":
-        time_prefill(report, fresh_configs, paged_configs, peer)
+    if arguments.prefill_candidates:
+        check(report, {}, FRESH_CANDIDATES, PAGED_CANDIDATES, mixed=False)
+        time_prefill(report, FRESH_CANDIDATES, PAGED_CANDIDATES, fa3(), LONG)
+        tabulate(report)
+    else:
+        run(report, arguments.configs, arguments.only)
     if arguments.out:
         device = torch.cuda.get_device_name()
         versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

@@ -103,31 +103,24 @@ def decode(
     programs = min(config.per_sm * device.multiprocessors, most)
     parts = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2 * programs, group, 2), dtype=torch.float32, device=q.device)
-    plan = dict(
-        HK=num_kv_heads,
-        GROUP=group,
-        D=dim,
-        BLOCK_D=triton.next_power_of_2(dim),
-        BLOCK_N=config.block_n,
+    begun = torch.empty((programs, 2), dtype=torch.int32, device=q.device)
+    common = dict(
+        HK=num_kv_heads, GROUP=group, D=dim, BLOCK_D=triton.next_power_of_2(dim), RAGGED=ragged,
+        PDL=device.overlaps, overlaps=device.overlaps,
+    )  # fmt: skip
+    launch(
+        _decode, (programs,), q, key_cache, value_cache, out, parts, stats, begun, block_tables,
+        seq_lens if table_rows is None else table_rows, query_start, seq_lens, rows, sliding_window or 0,
+        q.stride(0), out.stride(0), block_tables.stride(0), scale,
+        BLOCK_M=max(config.block_m, triton.next_power_of_2(group)), BLOCK_N=config.block_n,
         # Few sizes, since each is compiled.
         BLOCK_B=128 if rows <= 128 else max(1024, triton.next_power_of_2(rows)),
-        MIN_TILES=config.min_tiles,
-        RAGGED=ragged,
-        WINDOW=sliding_window is not None,
-        PDL=device.overlaps,
-        overlaps=device.overlaps,
-    )
-    lengths = (query_start, seq_lens, rows, sliding_window or 0)
-    launch(
-        _decode, (programs,), q, key_cache, value_cache, out, parts, stats, block_tables,
-        seq_lens if table_rows is None else table_rows, *lengths,
-        q.stride(0), out.stride(0), block_tables.stride(0), scale,
-        BLOCK_M=max(config.block_m, triton.next_power_of_2(group)),
-        BLOCK_SIZE=block_size, HAS_TABLE_ROWS=table_rows is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages, **plan,
+        BLOCK_SIZE=block_size, MIN_TILES=config.min_tiles, WINDOW=sliding_window is not None,
+        HAS_TABLE_ROWS=table_rows is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
-    summed = (out, parts, stats, *lengths, out.stride(0))
-    launch(_combine, (programs, group), *summed, BLOCK_S=16, num_warps=4, **plan)
+    summed = (out, parts, stats, begun, query_start, out.stride(0))
+    launch(_combine, (programs, group), *summed, BLOCK_S=16, num_warps=4, **common)
 
 
 @triton.jit
@@ -158,7 +151,7 @@ def _find(tile, counts, ends, HK: tl.constexpr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _decode(q, key_cache, value_cache, out, parts, stats, tables, table_rows, query_start, seq_lens,
+def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_rows, query_start, seq_lens,
             num_rows, window, q_stride, out_stride, table_stride, scale,
             HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -177,6 +170,7 @@ def _decode(q, key_cache, value_cache, out, parts, stats, tables, table_rows, qu
     stop = tl.minimum(tile + share, total)
     m_range, d_range = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_q = (m_range[:, None] < GROUP) & (d_range[None, :] < D)
+    unfinished = -1  # the head that this program begins and others finish
     while tile < stop:
         row, head, begin, count = _find(tile, counts, ends, HK, BLOCK_B)
         low, high = tile - begin, tl.minimum(stop - begin, count)
@@ -195,12 +189,16 @@ def _decode(q, key_cache, value_cache, out, parts, stats, tables, table_rows, qu
         else:
             # A program's last head, if others go on with it, has the odd slot; its first has the even one.
             slot = 2 * pid + (low == 0).to(tl.int32)
+            if low == 0:
+                unfinished = row * HK + head
+                tl.store(begun + 2 * pid + 1, (begin + count - 1) // share)
             part = (slot * GROUP + m_range)[:, None] * D + d_range[None, :]
             tl.store(parts + part, acc, mask=in_q)
             stat = stats + (slot * GROUP + m_range) * 2
             tl.store(stat, best, mask=m_range < GROUP)
             tl.store(stat + 1, norm, mask=m_range < GROUP)
         tile = begin + high
+    tl.store(begun + 2 * pid, unfinished)
 
 
 @triton.jit
@@ -237,41 +235,36 @@ def _attend(q, key_cache, value_cache, table, head, low, high, length, window, s
     return acc, best, tl.sum(norm, 1)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _combine(out, parts, stats, query_start, seq_lens, num_rows, window, out_stride,
+@triton.jit
+def _combine(out, parts, stats, begun, query_start, out_stride,
              HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, MIN_TILES: tl.constexpr,
-             RAGGED: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+             BLOCK_S: tl.constexpr, RAGGED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up the parts of the head that `_decode`'s program of the same number began and others finished."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     low, member = tl.program_id(0), tl.program_id(1)
-    counts = _tiles(query_start, seq_lens, num_rows, window, BLOCK_B, BLOCK_N, RAGGED, WINDOW)
-    ends = tl.cumsum(counts) * HK
-    share = tl.maximum(tl.cdiv(tl.sum(counts) * HK, tl.num_programs(0)), MIN_TILES)
-    if (low + 1) * share < tl.sum(counts) * HK:
-        row, head, begin, count = _find((low + 1) * share - 1, counts, ends, HK, BLOCK_B)
-        high = (begin + count - 1) // share
-        if (begin >= low * share) & (high > low):
-            d_range = tl.arange(0, BLOCK_D)
-            best = float("-inf")
-            norm = 0.0
-            acc = tl.zeros((BLOCK_D,), tl.float32)
-            for start in range(low, high + 1, BLOCK_S):
-                program = start + tl.arange(0, BLOCK_S)
-                there = program <= high
-                slot = (2 * program + (program == low).to(tl.int32)) * GROUP + member
-                part_best = tl.load(stats + 2 * slot, mask=there, other=float("-inf"))
-                part_norm = tl.load(stats + 2 * slot + 1, mask=there, other=0.0)
-                inside = there[:, None] & (d_range[None, :] < D)
-                part = tl.load(parts + slot[:, None] * D + d_range[None, :], mask=inside, other=0.0)
-                higher = tl.maximum(best, tl.max(part_best, 0))
-                factor = tl.exp2(part_best - higher)
-                shrink = tl.exp2(best - higher)
-                norm = norm * shrink + tl.sum(part_norm * factor, 0)
-                acc = acc * shrink + tl.sum(part * factor[:, None], 0)
-                best = higher
-            query = tl.load(query_start + row) if RAGGED else row
-            at = out + query.to(tl.int64) * out_stride + (head * GROUP + member) * D + d_range
-            tl.store(at, (acc / norm).to(out.dtype.element_ty), mask=d_range < D)
+    unfinished, high = tl.load(begun + 2 * low), tl.load(begun + 2 * low + 1)
+    if unfinished >= 0:
+        row, head = unfinished // HK, unfinished % HK
+        d_range = tl.arange(0, BLOCK_D)
+        best = float("-inf")
+        norm = 0.0
+        acc = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(low, high + 1, BLOCK_S):
+            program = start + tl.arange(0, BLOCK_S)
+            there = program <= high
+            slot = (2 * program + (program == low).to(tl.int32)) * GROUP + member
+            part_best = tl.load(stats + 2 * slot, mask=there, other=float("-inf"))
+            part_norm = tl.load(stats + 2 * slot + 1, mask=there, other=0.0)
+            inside = there[:, None] & (d_range[None, :] < D)
+            part = tl.load(parts + slot[:, None] * D + d_range[None, :], mask=inside, other=0.0)
+            higher = tl.maximum(best, tl.max(part_best, 0))
+            factor = tl.exp2(part_best - higher)
+            shrink = tl.exp2(best - higher)
+            norm = norm * shrink + tl.sum(part_norm * factor, 0)
+            acc = acc * shrink + tl.sum(part * factor[:, None], 0)
+            best = higher
+        query = tl.load(query_start + row) if RAGGED else row
+        at = out + query.to(tl.int64) * out_stride + (head * GROUP + member) * D + d_range
+        tl.store(at, (acc / norm).to(out.dtype.element_ty), mask=d_range < D)

@@ -49,8 +49,9 @@ def prefill_config(
     if dim > 128:
         return PrefillConfig(64, 32, 4, 2)
     if capability == 90:
-        rows = 64 if is_short and not is_paged else 128
-        return PrefillConfig(rows, 64, 4, 3 if is_paged else 2, descriptors=not is_paged)
+        if is_paged:
+            return PrefillConfig(128, 128, 8, 3)
+        return PrefillConfig(64 if is_short else 128, 64, 4, 2, descriptors=True)
     return PrefillConfig(128, 64 if dim <= 64 else 32, 4 if dim <= 64 else 8, 2)
 
 
@@ -130,7 +131,8 @@ def _launch(q, keys, values, key_stride, value_stride, query_start, seq_lens, ta
         value_stride, out.stride(0), table_stride, window or 0, scale * LOG2_E,
         GROUP=num_heads // constants["HK"], D=dim, BLOCK_D=triton.next_power_of_2(dim),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PER_TILE=QUERY_TILE // config.block_m,
-        WINDOW=window is not None, num_warps=config.num_warps, num_stages=config.num_stages, **constants,
+        WINDOW=window is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages, **constants,
     )  # fmt: skip
 
 
@@ -165,60 +167,47 @@ def _prefill(q, keys, values, out, tiles, query_start, seq_lens, tables, table_r
     token = (chunk + first + m_range).to(tl.int64)[:, None]
     queries = tl.load(q + token * q_stride + query_head * D + d_range[None, :], mask=inside, other=0.0)
     start = length - num_queries + first
-    state = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
-             tl.zeros((BLOCK_M,), tl.float32))  # fmt: skip
     # Keys that all queries of the tile see need no mask; those before and behind are hidden from some.
-    lowest, clear = 0, 0
+    lowest = tl.maximum(start + 1 - window, 0) if WINDOW else 0
+    begin = lowest // BLOCK_N * BLOCK_N
     clear_end = (start + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(start + BLOCK_M, length)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    norm = tl.zeros((BLOCK_M,), tl.float32)
+    source = (keys, values, chunk, head, lowest, length, tables, key_stride, value_stride)
+    state = (acc, best, norm)
+    clear = begin
     if WINDOW:
-        lowest = tl.maximum(start + 1 - window, 0)
-        clear = tl.minimum(tl.cdiv(tl.maximum(start + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N, clear_end)
-        state = _visit(state, queries, lowest // BLOCK_N * BLOCK_N, clear, keys, values, chunk, head, start,
-                       lowest, length, window, scale, tables, key_stride, value_stride, HK, D, BLOCK_D,
-                       BLOCK_M, BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, DESCRIPTORS, True)  # fmt: skip
-    state = _visit(state, queries, clear, clear_end, keys, values, chunk, head, start, lowest, length, window,
-                   scale, tables, key_stride, value_stride, HK, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_SIZE,
-                   PAGED, WINDOW, DESCRIPTORS, False)  # fmt: skip
-    acc, _, norm = _visit(state, queries, clear_end, end, keys, values, chunk, head, start, lowest, length,
-                          window, scale, tables, key_stride, value_stride, HK, D, BLOCK_D, BLOCK_M, BLOCK_N,
-                          BLOCK_SIZE, PAGED, WINDOW, DESCRIPTORS, True)  # fmt: skip
+        all_see = tl.cdiv(tl.maximum(start + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
+        clear = tl.maximum(tl.minimum(all_see, clear_end), begin)
+        state = _visit(state, queries, begin, clear, source, start, window, scale, HK, D, BLOCK_D, BLOCK_M,
+                       BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, DESCRIPTORS, True)  # fmt: skip
+    state = _visit(state, queries, clear, clear_end, source, start, window, scale, HK, D, BLOCK_D, BLOCK_M,
+                   BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, DESCRIPTORS, False)  # fmt: skip
+    acc, best, norm = _visit(state, queries, tl.maximum(clear_end, begin), end, source, start, window, scale,
+                             HK, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, DESCRIPTORS,
+                             True)  # fmt: skip
     at = out + token * out_stride + query_head * D + d_range[None, :]
     tl.store(at, (acc / norm[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _visit(state, queries, begin, end, keys, values, chunk, head, start, lowest, length, window, scale,
-           tables, key_stride, value_stride, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr,
-           WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _visit(state, queries, begin, end, source, start, window, scale, HK: tl.constexpr, D: tl.constexpr,
+           BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+           PAGED: tl.constexpr, WINDOW: tl.constexpr, DESCRIPTORS: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
     """Adds the keys `begin` to `end` to (weighted values, largest score, sum of weights)."""
     acc, best, norm = state
-    position = start + tl.arange(0, BLOCK_M)
-    d_range = tl.arange(0, BLOCK_D)
     for at in tl.range(begin, end, BLOCK_N):
-        token = at + tl.arange(0, BLOCK_N)
-        # Others' values and those that left the window may be NaN, which a weight of zero does not hide.
-        there = (token >= lowest) & (token < length)
-        if DESCRIPTORS:
-            k = keys.load([chunk + at, head * D])
-        else:
-            if PAGED:
-                block = _load(tables + token // BLOCK_SIZE, there, MASKED).to(tl.int64)
-                rows = (block * HK + head) * (BLOCK_SIZE * D) + (token % BLOCK_SIZE) * D
-                to_keys = rows[:, None] + d_range[None, :]
-                to_values = to_keys
-            else:
-                rows = (chunk + token).to(tl.int64)[:, None]
-                to_keys = rows * key_stride + head * D + d_range[None, :]
-                to_values = rows * value_stride + head * D + d_range[None, :]
-            inside = there[:, None] & (d_range < D)[None, :]
-            k = _load(keys + to_keys, inside, MASKED or BLOCK_D != D)
+        k = _tile(source, at, HK, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, PAGED, DESCRIPTORS, MASKED, False)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
         if MASKED:
-            seen = token[None, :] <= position[:, None]
+            position = start + tl.arange(0, BLOCK_M)[:, None]
+            token = at + tl.arange(0, BLOCK_N)[None, :]
+            seen = token <= position
             if WINDOW:
-                seen &= token[None, :] > position[:, None] - window
+                seen &= token > position - window
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1) * scale)
         # Behind a window a query may have seen nothing yet.
@@ -227,15 +216,37 @@ def _visit(state, queries, begin, end, keys, values, chunk, head, start, lowest,
         shrink = tl.exp2(best - base)
         norm = norm * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        if DESCRIPTORS:
-            v = values.load([chunk + at, head * D])
-            if MASKED:
-                v = tl.where(there[:, None], v, 0.0)
-        else:
-            v = _load(values + to_values, inside, MASKED or BLOCK_D != D)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         best = higher
+        v = _tile(source, at, HK, D, BLOCK_D, BLOCK_N, BLOCK_SIZE, PAGED, DESCRIPTORS, MASKED, True)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return acc, best, norm
+
+
+@triton.jit
+def _tile(source, at, HK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_SIZE: tl.constexpr, PAGED: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+          VALUES: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, BLOCK_D]: one head's keys or values of the tokens from `at` on, a multiple of BLOCK_N."""
+    keys, values, chunk, head, lowest, length, tables, key_stride, value_stride = source
+    tensor = values if VALUES else keys
+    n_range, d_range = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)[None, :]
+    # Others' values and those that left the window may be NaN, which a weight of zero does not hide.
+    there = (at + n_range >= lowest) & (at + n_range < length)
+    if DESCRIPTORS:
+        x = tensor.load([chunk + at, head * D])
+        return tl.where(there[:, None], x, 0.0) if MASKED and VALUES else x
+    else:
+        if PAGED:
+            if BLOCK_N % BLOCK_SIZE == 0:  # the offsets in the blocks are the same for every tile
+                block, offset = at // BLOCK_SIZE + n_range // BLOCK_SIZE, n_range % BLOCK_SIZE
+            else:
+                block, offset = (at + n_range) // BLOCK_SIZE, (at + n_range) % BLOCK_SIZE
+            block = _load(tables + block, there, MASKED).to(tl.int64)[:, None] * (HK * BLOCK_SIZE * D)
+            rows = tensor + head * (BLOCK_SIZE * D) + block + (offset[:, None] * D + d_range)
+        else:
+            stride = value_stride if VALUES else key_stride
+            rows = tensor + (chunk + at + n_range).to(tl.int64)[:, None] * stride + head * D + d_range
+        return _load(rows, there[:, None] & (d_range < D), MASKED or BLOCK_D != D)
 
 
 @triton.jit

@@ -141,9 +141,27 @@ def test_every_division_of_the_work_gives_the_same(min_tiles, per_sm, block_n, d
     near(b.decode(config), b.exact())
 
 
-def test_a_head_shared_by_many_programs(dtype, batch, near):
-    b = batch((3, 1, 64, 16), [(1, 1500)], dtype)
-    near(b.decode(attention.DecodeConfig(block_n=32, per_sm=12, min_tiles=1)), b.exact())
+# Lengths of which heads are shared by two programs, by a few, and by many.
+SHARED = [
+    pytest.param((3, 1, 64, 16), [(1, 1500)], 12, None, id="one head, many programs"),
+    pytest.param((2, 1, 32, 16), [(1, 40), (1, 900), (1, 550), (1, 3)], 16, None, id="many, several heads"),
+    pytest.param((6, 2, 32, 16), [(1, 90), (1, 70), (1, 100), (1, 5)], 3, None, id="two or three programs"),
+    pytest.param((2, 2, 32, 16), [(1, 700), (1, 700)], 16, 450, id="window"),
+]
+
+
+@pytest.mark.parametrize("shape, rows, per_sm, window", SHARED)
+def test_a_head_shared_by_programs(shape, rows, per_sm, window, dtype, batch, near):
+    b = batch(shape, rows, dtype)
+    config = attention.DecodeConfig(block_n=16, num_stages=2, per_sm=per_sm, min_tiles=1)
+    near(b.decode(config, window), b.exact(window))
+
+
+def test_heads_shared_among_rows_of_other_lengths_of_query(dtype, batch, near, monkeypatch):
+    config = attention.DecodeConfig(block_n=16, num_stages=2, per_sm=12, min_tiles=1)
+    monkeypatch.setattr(attention, "decode_config", lambda *_: config)
+    b = batch((3, 1, 32, 16), [(1, 370), (3, 9), (0, 40), (1, 500), (2, 70), (1, 33)], dtype)
+    near(b.run(ragged=True), b.exact())
 
 
 def test_more_rows_than_one_small_block(dtype, batch, near):
@@ -169,6 +187,19 @@ def test_sliding_window(window, dtype, batch, near):
     expected = b.exact(window)
     b.forget(window)
     near(b.run(ragged=False, window=window), expected)
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("window", [None, 30])
+def test_prefill_however_it_is_cut(block_size, window, dtype, batch, near, monkeypatch):
+    config = prefill.PrefillConfig(64, 32, 4, 2)
+    monkeypatch.setattr(prefill, "prefill_config", lambda *_: config)
+    rows = [(70, 70), (2, 2), (3, 100), (33, 129), (64, 64), (65, 65)]
+    b = batch((2, 1, 32, block_size), rows, dtype, padding=3)
+    expected = b.exact(window)
+    if window:
+        b.forget(window)
+    near(b.run(ragged=True, window=window)[:-3], expected)
 
 
 def test_large_scores_do_not_overflow(dtype, batch, close):
@@ -205,7 +236,6 @@ def test_tiles_cover_every_query_once_and_the_most_work_comes_first():
 
 # What `_decode`, `_combine` and `_prefill` are given, but for what a test fills in.
 INTEGERS = ("num_rows", "window", "q_stride", "out_stride", "table_stride")
-COMBINED = dict(BLOCK_B=128, MIN_TILES=2)
 VARIANTS = [(28, 4, 128), (14, 2, 64), (9, 3, 80), (8, 1, 256)]
 WINDOWED = VARIANTS[1]
 
@@ -216,27 +246,26 @@ def decode_case(shape, dtype, arch, ragged, window):
     kind = "*fp32" if dtype is torch.float32 else "*bf16"
     common = dict(
         HK=kv_heads, GROUP=heads // kv_heads, D=dim, BLOCK_D=max(64, 1 << (dim - 1).bit_length()),
-        BLOCK_N=config.block_n, RAGGED=ragged, WINDOW=window, PDL=arch >= 90, **COMBINED,
+        RAGGED=ragged, PDL=arch >= 90,
     )  # fmt: skip
     pointers = dict.fromkeys(("q", "key_cache", "value_cache", "out"), kind)
-    pointers |= dict(parts="*fp32", stats="*fp32", tables="*i32", table_rows="*i64")
-    pointers |= dict(query_start="*i32", seq_lens="*i32")
+    pointers |= {"parts": "*fp32", "stats": "*fp32", "table_rows": "*i64"}
+    pointers |= dict.fromkeys(("begun", "tables", "query_start", "seq_lens"), "*i32")
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=arch >= 90)
+    cut = dict(BLOCK_M=16, BLOCK_N=config.block_n, BLOCK_B=128, BLOCK_SIZE=16, MIN_TILES=2, WINDOW=window)
     yield (
         attention._decode,
         pointers | dict.fromkeys(INTEGERS, "i32") | {"scale": "fp32"},
-        common | dict(BLOCK_M=16, BLOCK_SIZE=16, HAS_TABLE_ROWS=True),
+        common | cut | dict(HAS_TABLE_ROWS=True),
         options,
     )
-    left_out = ("q", "key_cache", "value_cache", "tables", "table_rows")
-    signature = {name: kind for name, kind in pointers.items() if name not in left_out}
-    signature |= dict.fromkeys(("num_rows", "window", "out_stride"), "i32")
+    names = ("out", "parts", "stats", "begun", "query_start")
+    signature = {name: pointers[name] for name in names} | {"out_stride": "i32"}
     yield attention._combine, signature, common | dict(BLOCK_S=16), options | dict(num_warps=4)
 
 
-def prefill_case(shape, dtype, arch, is_paged, window):
+def prefill_case(shape, dtype, arch, is_paged, window, config):
     heads, kv_heads, dim = shape
-    config = prefill.prefill_config(is_paged, dtype, dim, arch)
     kind = "*fp32" if dtype is torch.float32 else "*bf16"
     block_d = max(64, 1 << (dim - 1).bit_length())
     descriptors = config.descriptors and block_d == dim
@@ -261,7 +290,9 @@ def prefill_case(shape, dtype, arch, is_paged, window):
 def test_compiles_and_fits(shape, dtype, arch):
     window = shape == WINDOWED
     cases = list(decode_case(shape, dtype, arch, ragged=window, window=window))
-    cases += [prefill_case(shape, dtype, arch, is_paged, window) for is_paged in (False, True)]
+    for is_paged in (False, True):
+        config = prefill.prefill_config(is_paged, dtype, shape[2], arch)
+        cases.append(prefill_case(shape, dtype, arch, is_paged, window, config))
     for kernel, signature, constants, options in cases:
         strides = [name for name in signature if name.endswith("_stride") and name != "table_stride"]
         compiled = compile_for(kernel, arch, signature, constants, options, strides)
