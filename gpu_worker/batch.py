@@ -199,25 +199,29 @@ class Padding:
         rows: sizes for batches of single tokens, ascending; a larger batch is not padded.
         chunk_rows: sizes of B and R for ragged batches.
         chunk_tokens: sizes of T for ragged batches; both kinds of tiles get `spare_tiles` beyond T's share.
-            Batches of few whole prompts and nothing else have shapes of their own: their first tokens are
-            what people wait for.
+        lean_rows: size of B and R for whole prompts and nothing else: their first tokens are what people
+            wait for, so they have shapes of their own.
     """
 
     rows: tuple[int, ...] = ()
     chunk_rows: tuple[int, ...] = ()
     chunk_tokens: tuple[int, ...] = ()
+    lean_rows: int = 0
     spare_tiles: int = 16
 
     @classmethod
     def for_graphs(cls, max_slots: int, max_tokens: int) -> Padding:
         """Sizes whose graphs waste little: fine steps where a product's time still depends on them."""
         steps = ((8, 64, 8), (64, 128, 16), (128, 256, 32), (256, 4096, 64))
-        rows = [1, 2, 4, *(size for low, high, step in steps for size in range(low, high, step))]
-        chunk_rows = {min(size, max_slots) for size in (16, 64, 256)}
+        rows = [1, 2, 4, *_sizes(*steps)]
+        # A token that pads costs what any other does, and what lies beyond keeps the device busy for longer
+        # than the host needs to launch it.
+        tokens = _sizes((64, 512, 64), (512, 1024, 128), (1024, 2048, 256), (2048, 4097, 512))
         return cls(
             rows=(*(size for size in rows if size < max_slots), max_slots),
-            chunk_rows=tuple(sorted(chunk_rows)),
-            chunk_tokens=tuple(size for size in (64, 128, 256, 512, 1024) if size <= max_tokens),
+            chunk_rows=tuple(sorted({min(size, max_slots) for size in (64, 256)})),
+            chunk_tokens=tuple(size for size in tokens if size <= max_tokens),
+            lean_rows=min(16, max_slots),
         )
 
     def decodes(self, num_rows: int) -> Shape:
@@ -229,31 +233,40 @@ class Padding:
         self, rows: int, tokens: int, samples: int, paged: int, fresh: int, has_decodes: bool = True
     ) -> Shape:
         """The shape of a ragged batch: padded where every part fits, else exact."""
-        exact = Shape(rows, tokens, samples, True, paged, fresh, has_decodes)
-        size, total = _least(self.chunk_rows, rows), _least(self.chunk_tokens, tokens)
-        if size is None or total is None:
-            return exact
-        tiles = self._most_tiles(total)
-        if max(paged, fresh) > tiles:
-            return exact
-        if size == self.chunk_rows[0] and not paged and not has_decodes:
-            return Shape(size, total, size, True, 0, tiles, has_decodes=False)
-        return Shape(size, total, size, True, tiles, tiles)
+        total = _least(self.chunk_tokens, tokens)
+        if total is not None and max(paged, fresh) <= self._most_tiles(total):
+            if rows <= self.lean_rows and not paged and not has_decodes:
+                return self._lean(total)
+            if (size := _least(self.chunk_rows, rows)) is not None:
+                return self._mixed(size, total)
+        return Shape(rows, tokens, samples, True, paged, fresh, has_decodes)
+
+    def shapes(self) -> list[Shape]:
+        """Every padded shape: single tokens, then ragged ones, each from small to large."""
+        mixed = [self._mixed(size, t) for t in self.chunk_tokens for size in self.chunk_rows if size <= t]
+        lean = [self._lean(t) for t in self.chunk_tokens]
+        ragged = sorted(lean + mixed, key=lambda shape: shape.tokens)
+        return [self.decodes(size) for size in self.rows] + ragged
 
     def largest(self, rows: int, tokens: int) -> int:
         """No fewer numbers than any block of so many rows and tokens holds."""
         exact = Shape(rows, tokens, rows, True, tokens, tokens)
         return max(exact.size, self.decodes(rows).size, self.chunks(rows, tokens, rows, 0, 0).size)
 
-    def is_padded(self, shape: Shape) -> bool:
-        """Whether batches come in this very shape, so that a graph of it pays."""
-        if not shape.is_ragged:
-            return shape.rows in self.rows
-        in_sizes = shape.rows in self.chunk_rows and shape.tokens in self.chunk_tokens
-        return in_sizes and shape.samples == shape.rows and shape.fresh == self._most_tiles(shape.tokens)
+    def _lean(self, tokens: int) -> Shape:
+        tiles = self._most_tiles(tokens)
+        return Shape(self.lean_rows, tokens, self.lean_rows, True, 0, tiles, has_decodes=False)
+
+    def _mixed(self, rows: int, tokens: int) -> Shape:
+        tiles = self._most_tiles(tokens)
+        return Shape(rows, tokens, rows, True, tiles, tiles)
 
     def _most_tiles(self, tokens: int) -> int:
         return tokens // QUERY_TILE + self.spare_tiles
+
+
+def _sizes(*steps: tuple[int, int, int]) -> list[int]:
+    return [size for low, high, step in steps for size in range(low, high, step)]
 
 
 def _least(sizes: tuple[int, ...], wanted: int) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,17 +10,6 @@ import torch
 from gpu_worker.batch import ALIGNMENT
 
 Values = Sequence[int] | np.ndarray
-
-
-@dataclass
-class Spans:
-    """Runs of staged numbers that go to places in a flattened array."""
-
-    places: torch.Tensor
-    """int64[N, 3]: first place there, first place in the staging buffer, length."""
-    longest: int
-    source: torch.Tensor
-    """The staging buffer, int32."""
 
 
 class Staging:
@@ -53,9 +41,9 @@ class Staging:
         return self._device[self._current]
 
     @property
-    def used(self) -> int:
-        """The place at which the next values go."""
-        return self._used
+    def array(self) -> np.ndarray:
+        """The current buffer on the host."""
+        return self._arrays[self._current]
 
     def begin(self, size: int) -> None:
         """Start the next step's buffer, which holds at least `size` numbers."""
@@ -66,12 +54,26 @@ class Staging:
             self._device[i] = self._mirror(self._host[i])
             self._arrays[i] = self._host[i].numpy()
 
+    def reserve(self, count: int) -> int:
+        """Keep room for `count` numbers, which are written to `array`; their place."""
+        start = self._used
+        self._used = -(-(start + count) // ALIGNMENT) * ALIGNMENT
+        return start
+
+    def write(self, *parts: Values) -> int:
+        """Pack numbers, one part behind the other; the place of the first."""
+        array, start = self.array, self._used
+        end = start
+        for part in parts:
+            first, end = end, end + len(part)
+            array[first:end] = part
+        self._used = -(-end // ALIGNMENT) * ALIGNMENT
+        return start
+
     def put(self, values: Values) -> torch.Tensor:
         """int32[len(values)] on the device."""
-        start, end = self._used, self._used + len(values)
-        self._arrays[self._current][start:end] = values
-        self._used = -(-end // ALIGNMENT) * ALIGNMENT
-        return self.buffer[start:end]
+        start = self.write(values)
+        return self.buffer[start : start + len(values)]
 
     def put_long(self, values: Values) -> torch.Tensor:
         """int64[len(values)] on the device."""
@@ -81,11 +83,6 @@ class Staging:
         """int32 or float32 [n, m] on the device, as `values` is."""
         flat = self.put(np.ascontiguousarray(values).reshape(-1).view(np.int32))
         return (flat.view(torch.float32) if values.dtype == np.float32 else flat).view(values.shape)
-
-    def put_spans(self, spans: list[tuple[int, int, int]]) -> Spans:
-        """Spans of what was put before: first place there, first place here, length."""
-        places = self.put_long(np.array(spans, dtype=np.int64).reshape(-1)).view(-1, 3)
-        return Spans(places, max(length for _, _, length in spans), self.buffer)
 
     def flush(self) -> None:
         """Queue the copy of everything put since `begin`."""

@@ -52,8 +52,10 @@ class DeviceExecutor:
 
         # A CPU is done with a step when the call returns; any other device is given the next one meanwhile.
         self._output: OutputThread | None = None
+        self._stream: torch.cuda.Stream | None = None
         if device.type != "cpu":
             self._output = OutputThread(device, self._report, on_failure)
+            self._stream = torch.cuda.Stream(device)
 
     def start(self) -> None:
         """Start working."""
@@ -88,10 +90,10 @@ class DeviceExecutor:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        if self._device.type == "cpu":
+        if self._stream is None:
             self._work()
             return
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._work()
 
     def _work(self) -> None:
@@ -138,11 +140,11 @@ class DeviceExecutor:
         diff, batch = self._stager.stage(step)
         staged = time.perf_counter()
         if self._output is not None:
-            began, done = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-            began.record()
+            events = self._output.events.take()
+            events[0].record(self._stream)
             outputs = self._runner.run(diff, batch)
-            done.record()
-            self._output.put(Launched(step.epoch, step.step_id, outputs, began, done, staged - started))
+            events[1].record(self._stream)
+            self._output.put(Launched(step.epoch, step.step_id, outputs, events, staged - started))
             return time.perf_counter()
         result = collect(step.epoch, step.step_id, self._runner.run(diff, batch))
         ended = time.perf_counter()

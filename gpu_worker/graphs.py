@@ -38,24 +38,20 @@ class Graphs:
     ) -> None:
         """`compute` goes from inputs to logits; `draw` samples from them where no row asks for more than a
         temperature and a seed; `padding` says which shapes will come."""
-        self._compute, self._draw, self._rows, self._padding = compute, draw, rows, padding
+        self._compute, self._draw, self._rows = compute, draw, rows
         self._whole: dict[Shape, _Captured] = {}
         self._to_logits: dict[Shape, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        largest = [padding.decodes(size) for size in padding.rows[-1:]]
-        largest += [
-            padding.chunks(count, tokens, count, 0, 0, has_decodes)
-            for has_decodes in (True, False)
-            for count in (padding.chunk_rows if has_decodes else padding.chunk_rows[:1])
-            for tokens in padding.chunk_tokens
-            if count <= tokens
-        ]
-        size = max((shape.size for shape in largest), default=0)
+        shapes = padding.shapes()
+        self._shapes = frozenset(shapes)
+        size = max((shape.size for shape in shapes), default=0)
         self._block = torch.zeros(size, dtype=torch.int32, device=device)
-        decodes = [padding.decodes(size) for size in padding.rows]
-        # Then largest first: what the larger ones leave in the pool, the smaller ones use again.
-        ragged = [shape for shape in largest if shape.is_ragged]
-        self._wanted = [*decodes[:NUM_FIRST], *reversed(decodes[NUM_FIRST:]), *reversed(ragged)]
+        # The first are those without which nothing should be served. Then the largest first: what they leave
+        # in the pool, the smaller ones use again.
+        self._wanted = [
+            *shapes[:NUM_FIRST],
+            *sorted(shapes[NUM_FIRST:], key=lambda s: s.tokens, reverse=True),
+        ]
 
     @property
     def num_wanted(self) -> int:
@@ -78,7 +74,7 @@ class Graphs:
 
     def holds(self, batch: Batch) -> bool:
         """Whether a batch is one that a graph can run."""
-        return self._padding.is_padded(batch.shape)
+        return batch.shape in self._shapes
 
     def load(self, batch: Batch) -> Inputs:
         """Put a batch where the graphs of its shape read it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,10 +13,15 @@ import numpy as np
 import torch
 
 from gpu_worker.runner import StepOutputs
-from kernels.rows import GOES_ON, NAN, WAS_DONE
+from kernels.rows import GOES_ON, NAN
 from pagoda.internal.v1 import worker_pb2
 
 MAX_UINT32 = 2**32 - 1
+# How long to sleep between two looks at a step that runs: so many seconds, or this share of the time that it
+# has run for.
+LOOK_EVERY_S, LOOK_SHARE = 50e-6, 1 / 256
+
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 
 def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepResult:
@@ -24,9 +31,11 @@ def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepRe
         return result
     values = outputs.drawn.numpy()
     tokens, outcomes = values[:, 0], values[:, 1]  # [m, R] each
-    taken = (outcomes != WAS_DONE) & (outcomes != NAN)
-    result.tokens.extend(tokens.T[taken.T].tolist())
-    if not taken.all():
+    taken = outcomes.view(np.uint32) < NAN  # WAS_DONE is -1, the largest as an unsigned number
+    if taken.all():
+        result.tokens.extend(tokens.T.ravel().tolist())
+    else:
+        result.tokens.extend(tokens.T[taken.T].tolist())
         result.num_sampled.extend(taken.sum(axis=0).tolist())
     reasons = outcomes.max(axis=0)  # a row ends at most once, and is done from then on
     ended = np.flatnonzero(reasons > GOES_ON)
@@ -68,16 +77,47 @@ class Launched:
     Attributes:
         epoch, step_id: whose it is.
         outputs: what it will have drawn.
-        began, ended: the device's own times.
+        events: when it began and ended, by the device's own clock.
         staged: seconds that staging took on the host.
     """
 
     epoch: int
     step_id: int
     outputs: StepOutputs
-    began: torch.cuda.Event
-    ended: torch.cuda.Event
+    events: Events
     staged: float
+
+
+class EventPool:
+    """Pairs of events with times, used again and again: making one takes longer than recording it. One thread
+    takes, another gives back."""
+
+    def __init__(self) -> None:
+        self._spare: deque[Events] = deque()
+
+    def take(self) -> Events:
+        """A pair that nobody waits for."""
+        if self._spare:
+            return self._spare.popleft()
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def give_back(self, events: Events) -> None:
+        """Nobody will look at this pair any more."""
+        self._spare.append(events)
+
+
+def wait(event: torch.cuda.Event) -> None:
+    """Return when the device has come to `event`, or failed.
+
+    A thread that the driver puts to sleep wakes 0.1 ms late, and one that spins takes a core. Short sleeps
+    take some hundredths of a core, and fewer for long steps, which can bear a later result.
+
+    Raises:
+        RuntimeError: the device failed.
+    """
+    started = time.perf_counter()
+    while not event.query():
+        time.sleep(max(LOOK_EVERY_S, (time.perf_counter() - started) * LOOK_SHARE))
 
 
 class OutputThread:
@@ -91,6 +131,7 @@ class OutputThread:
     ) -> None:
         """Both are called from this thread; after a failure it ends."""
         self._device, self._on_result, self._on_failure = device, on_result, on_failure
+        self.events = EventPool()
         self._queue: queue.SimpleQueue[Launched | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
@@ -113,7 +154,7 @@ class OutputThread:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        last: torch.cuda.Event | None = None
+        last: Events | None = None
         # Logprobs are copied on a stream of their own, past the steps that are queued by then.
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             while (item := self._queue.get()) is not None:
@@ -126,11 +167,14 @@ class OutputThread:
                 except BaseException as error:
                     self._on_failure(error)
                     return
-                last = item.ended
+                last = item.events
 
-    def _report(self, item: Launched, last: torch.cuda.Event | None) -> None:
-        item.ended.synchronize()
+    def _report(self, item: Launched, last: Events | None) -> None:
+        began, ended = item.events
+        wait(ended)
         result = collect(item.epoch, item.step_id, item.outputs)
-        result.device_us = microseconds(item.began.elapsed_time(item.ended) / 1e3)
-        result.idle_us = microseconds(last.elapsed_time(item.began) / 1e3) if last is not None else 0
+        result.device_us = microseconds(began.elapsed_time(ended) / 1e3)
+        result.idle_us = microseconds(last[1].elapsed_time(began) / 1e3) if last is not None else 0
         self._on_result(result, item)
+        if last is not None:
+            self.events.give_back(last)

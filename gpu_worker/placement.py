@@ -131,9 +131,11 @@ def _measure(
     in_use, total = memory.used_bytes(device)
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
-    with memory.measured(device) as decode, torch.inference_mode():
-        runner.rehearse(padding.decodes(trial.max_slots))
-    graphs = decode.bytes + GRAPH_BYTES * (len(padding.rows) + len(padding.chunk_tokens))
+    shapes = padding.shapes()
+    with memory.measured(device) as pool, torch.inference_mode():
+        for size in (lambda shape: shape.tokens, lambda shape: shape.samples):
+            runner.rehearse(max(shapes, key=size))
+    graphs = pool.bytes + GRAPH_BYTES * len(shapes)
     return memory.Budget(total, settings.gpu_memory_utilization, in_use, forward.bytes, graphs)
 
 

@@ -86,14 +86,15 @@ class Runner:
         self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
-        drawn = self._drawn_view(batch.shape, batch.num_iterations)
         if self.graphs is not None and batch.forks is None and self.graphs.holds(batch):
             self._replay(self.graphs, batch, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
+            drawn = self._drawn_view(batch.shape, batch.num_iterations)
             for _ in range(batch.num_iterations):
                 self._iterate(inputs, batch, drawn, outputs)
         if batch.num_logprobs:  # else there are only chunks that end before their prompts do
+            drawn = self._drawn_view(batch.shape, batch.num_iterations)
             outputs.drawn = self._leave(drawn)[:, :, : len(batch.num_logprobs)]
         return outputs
 
@@ -113,7 +114,7 @@ class Runner:
         if batch.forks is not None:
             fork(self._rows.state, *batch.forks)
         if batch.num_logprobs:
-            self._draw(self._logits(hidden, inputs), inputs, batch.features, drawn, outputs)
+            self._draw(self._model.logits(*hidden), inputs, batch.features, drawn, outputs)
 
     def _replay(self, graphs: Graphs, batch: Batch, outputs: StepOutputs) -> None:
         """The same through a graph, cut before sampling where rows use more than temperature and seed."""
@@ -130,15 +131,9 @@ class Runner:
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._model.forward(*self._rows.gather(inputs, self._model.rotations, table_width))
 
-    def _logits(self, hidden: tuple[torch.Tensor, torch.Tensor], inputs: Inputs) -> torch.Tensor:
-        if inputs.chunks is not None:
-            index = inputs.chunks.sample_index
-            hidden = hidden[0].index_select(0, index), hidden[1].index_select(0, index)
-        return self._model.logits(*hidden)
-
     def _compute(self, inputs: Inputs) -> torch.Tensor:
         """Inputs to logits: what a graph captures."""
-        return self._logits(self._forward(inputs, self._rows.state.block_tables.shape[1]), inputs)
+        return self._model.logits(*self._forward(inputs, self._rows.state.block_tables.shape[1]))
 
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""

@@ -6,10 +6,10 @@ import torch
 
 from gpu_worker.batch import Inputs
 from gpu_worker.sampler import MAX_BIAS, MAX_STOP_IDS
-from gpu_worker.staging import Diff, Limits, NewRows
+from gpu_worker.staging import Diff, Limits
 from kernels.blocks import copy_blocks
 from kernels.layer import Step
-from kernels.rows import RowState, enter, gather_chunks, gather_decodes, write_spans
+from kernels.rows import RECORD_WORDS, Changes, RowState, change, gather_chunks, gather_decodes
 
 
 class Rows:
@@ -30,35 +30,22 @@ class Rows:
         """Change what a step changes before its forward: block copies, new rows, block tables."""
         if diff.copies is not None:
             copy_blocks(caches, *diff.copies)
-        if diff.new_rows is not None:
-            self._enter(diff.new_rows)
-        if (entries := diff.table_entries) is not None:
-            write_spans(self.state.block_tables.view(-1), entries.source, entries.places, entries.longest)
-
-    def _enter(self, new: NewRows) -> None:
-        state = self.state
-        enter(state, new.slots, new.counters, new.integers, new.floats, new.seeds, new.stop_ids)
-        if new.biases is not None:
-            biased, ids, values = new.biases
-            state.columns.bias_ids.index_copy_(0, biased, ids)
-            state.columns.bias_values.index_copy_(0, biased, values)
-        for flat, spans in ((state.tokens, new.tokens), (state.block_tables, new.blocks)):
-            if spans is not None:
-                write_spans(flat.view(-1), spans.source, spans.places, spans.longest)
+        if diff.changes is not None:
+            change(self.state, diff.changes)
+        if diff.biases is not None:
+            biased, ids, values = diff.biases
+            self.state.columns.bias_ids.index_copy_(0, biased, ids)
+            self.state.columns.bias_values.index_copy_(0, biased, values)
 
     def rehearse(self, caches: list[torch.Tensor]) -> None:
         """Run what `apply` runs, on the row that pads; it stays done."""
         state = self.state
-        slot = torch.full((1,), state.padding_slot, device=state.tokens.device)
-        zeros = torch.zeros(1, MAX_STOP_IDS, dtype=torch.int32, device=state.tokens.device)
-        columns = (state.counters, state.integers, state.floats)
-        counters, integers, floats = (zeros[:, : len(column)].contiguous() for column in columns)
-        enter(state, slot, counters, integers, floats.float(), slot, zeros[:, :1].contiguous())
+        record = torch.zeros(RECORD_WORDS, dtype=torch.int32, device=state.tokens.device)
+        record[0] = state.padding_slot
+        change(state, Changes(record, num_rows=1))
         state.done[state.padding_slot] = True
-        nothing = torch.zeros(1, 3, dtype=torch.int64, device=state.tokens.device)
-        for flat in (state.tokens, state.block_tables):
-            write_spans(flat.view(-1), zeros.view(-1), nothing, 1)
-        copy_blocks(caches, nothing.view(-1)[:1], nothing.view(-1)[:1])
+        nothing = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
+        copy_blocks(caches, nothing, nothing)
 
     def gather(self, inputs: Inputs, cos_sin: torch.Tensor, width: int) -> tuple[torch.Tensor, Step]:
         """The inputs of one forward: each row's next tokens (int32[T]), their places, and the rows' block
@@ -82,4 +69,5 @@ class Rows:
             seq_lens=gathered.seq_lens,
             table_rows=table_rows,
             tiles=None if chunks is None else chunks.tiles,
+            wanted=None if chunks is None else chunks.sample_index,
         )

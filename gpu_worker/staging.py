@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
 from gpu_worker.batch import Padding, Shape, pack
-from gpu_worker.buffers import Spans, Staging
+from gpu_worker.buffers import Staging
 from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
 from kernels.attention import make_tiles
+from kernels.rows import RECORD, RECORD_WORDS, Changes
 from kernels.sample import Features
 from pagoda.internal.v1 import worker_pb2
 
@@ -44,38 +47,16 @@ class Limits:
 
 
 @dataclass
-class NewRows:
-    """N rows that enter slots in one step, forks included (whose tokens, table and counters come later)."""
-
-    slots: torch.Tensor
-    """int64[N]."""
-    counters: torch.Tensor
-    """int32[N, 4]: tokens, of these the prompt's, of these computed, last position."""
-    integers: torch.Tensor
-    """int32[N, len(INTEGERS)]."""
-    floats: torch.Tensor
-    """float32[N, len(FLOATS)]."""
-    seeds: torch.Tensor
-    """int64[N]."""
-    stop_ids: torch.Tensor
-    """int32[N, W], W as wide as the longest needs; the rest of a row is padding."""
-    tokens: Spans | None = None
-    """Where the tokens of rows that are no forks go, in the flattened tokens of all slots."""
-    blocks: Spans | None = None
-    """Where their blocks go, in the flattened block tables."""
-    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
-    """Slots whose biases change (int64[M]), the ids and values ([M, MAX_BIAS], int32 and float32)."""
-
-
-@dataclass
 class Diff:
     """What a step changes on the device before its forward, in this order."""
 
     copies: tuple[torch.Tensor, torch.Tensor] | None = None
     """Source and destination blocks, int64."""
-    new_rows: NewRows | None = None
-    table_entries: Spans | None = None
-    """Blocks that go to places in the flattened block tables."""
+    changes: Changes | None = None
+    """Rows that enter slots, forks included (whose tokens, table and counters come later), and new entries of
+    block tables."""
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    """Slots whose biases change (int64[M]), the ids and values ([M, MAX_BIAS], int32 and float32)."""
 
 
 @dataclass
@@ -114,6 +95,7 @@ class Stager:
         """`num_buffers` is one more than the steps that may be in flight; `padding` is for graphs."""
         self._limits = limits
         self._padding = padding or Padding()
+        self._largest_block = lru_cache(self._padding.largest)
         self._tiled = device.type != "cpu"
         self._staging = Staging(device, 8 * limits.max_batched_tokens + 64 * limits.max_slots, num_buffers)
         self._rows = _HostRows(limits.max_slots)
@@ -134,23 +116,28 @@ class Stager:
         if len(step.copy_src_blocks) or len(step.copy_dst_blocks):
             diff.copies = self._copies(step)
         parents: dict[int, int] = {}
+        changes: dict[str, int] = {}
         if len(step.new_rows):
             parents = {r.slot: r.parent_slot for r in step.new_rows if r.HasField("parent_slot")}
-            diff.new_rows = self._new_rows(step.new_rows)
+            changes, diff.biases = self._new_rows(step.new_rows)
         if len(step.append_slots) or len(step.replace_slots):
-            diff.table_entries = self._table_entries(step)
+            changes |= self._table_entries(step)
+        if changes:
+            diff.changes = Changes(self._staging.buffer, **changes)
         batch = self._batch(step, parents)
         self._staging.flush()
         return diff, batch
 
     def _bound(self, step: worker_pb2.Step) -> int:
         """No fewer numbers than staging a step takes."""
-        rows = sum(len(r.tokens) + len(r.blocks) + len(r.sampling.stop_token_ids) for r in step.new_rows)
-        widest = max((len(r.sampling.stop_token_ids) for r in step.new_rows), default=0)
-        rows += len(step.new_rows) * (widest + 2 * MAX_BIAS + 64)
+        rows, slots = step.new_rows, len(step.slots)
+        numbers = sum(len(r.tokens) + len(r.blocks) + len(r.sampling.stop_token_ids) for r in rows)
+        numbers += len(rows) * (RECORD_WORDS + 2 * MAX_BIAS + 64)
         blocks = 8 * (len(step.append_slots) + len(step.replace_slots)) + 4 * len(step.copy_src_blocks)
-        batch = self._padding.largest(len(step.slots), max(len(step.slots), sum(step.num_tokens)))
-        return rows + blocks + batch + 4 * len(step.slots) + 256
+        # In steps of 64, so that few sizes are ever asked for.
+        tokens = max(slots, sum(step.num_tokens))
+        batch = self._largest_block(-(-slots // 64) * 64, -(-tokens // 64) * 64)
+        return numbers + blocks + batch + 4 * slots + 256
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -165,11 +152,17 @@ class Stager:
         self._check_blocks(dst)
         return self._staging.put_long(src), self._staging.put_long(dst)
 
-    def _new_rows(self, rows: Sequence[worker_pb2.NewRow]) -> NewRows:
-        host, staging, limits = self._rows, self._staging, self._limits
-        slots, counters, columns, tokens, blocks = [], [], [], [], []
-        for row in rows:
-            slot, fork = row.slot, row.HasField("parent_slot")
+    def _new_rows(
+        self, rows: Sequence[worker_pb2.NewRow]
+    ) -> tuple[dict[str, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
+        """Pack a record and the numbers of each row; their part of `Changes`, and the biases that change."""
+        host, staging = self._rows, self._staging
+        slots, columns, longest = [], [], 0
+        records = staging.reserve(len(rows) * RECORD_WORDS)
+        for i, row in enumerate(rows):
+            slot = row.slot
+            tokens: Sequence[int] = row.tokens
+            blocks: Sequence[int] = row.blocks
             if slot >= self._limits.max_slots or host.used[slot]:
                 raise StepError(f"new row: slot {slot} is not free")
             try:
@@ -178,34 +171,23 @@ class Stager:
                 raise StepError(f"new row in slot {slot}: {error}") from error
             host.used[slot] = True
             host.traits[slot], host.num_logprobs[slot] = column.traits, column.num_logprobs
-            if not fork:
+            if row.HasField("parent_slot"):
+                tokens, blocks = (), ()
+            else:
                 self._check_new_row(row)
-                host.num_tokens[slot], host.num_computed[slot] = len(row.tokens), row.num_computed
-                host.num_blocks[slot] = len(row.blocks)
-                tokens.append((slot * limits.max_len, staging.used, len(row.tokens)))
-                staging.put(row.tokens)
-                blocks.append((slot * limits.table_len, staging.used, len(row.blocks)))
-                staging.put(row.blocks)
+                host.num_tokens[slot], host.num_computed[slot] = len(tokens), row.num_computed
+                host.num_blocks[slot] = len(blocks)
+            place = staging.write(column.stop_ids, tokens, blocks)
+            RECORD.pack_into(
+                staging.array.data, 4 * (records + i * RECORD_WORDS),
+                slot, place, len(column.stop_ids), len(blocks), column.seed,
+                len(tokens), row.num_prompt_tokens, row.num_computed, row.last_position,
+                *column.integers, *column.floats,
+            )  # fmt: skip
+            longest = max(longest, len(tokens))
             slots.append(slot)
             columns.append(column)
-            counters.append((len(row.tokens), row.num_prompt_tokens, row.num_computed, row.last_position))
-        widest = max(1, *(len(c.stop_ids) for c in columns))
-        stop_ids = np.full((len(rows), widest), -1, dtype=np.int32)
-        for i, column in enumerate(columns):
-            stop_ids[i, : len(column.stop_ids)] = column.stop_ids
-        matrix = staging.put_matrix
-        new_rows = NewRows(
-            slots=staging.put_long(slots),
-            counters=matrix(np.array(counters, dtype=np.int32)),
-            integers=matrix(np.array([c.integers for c in columns], dtype=np.int32)),
-            floats=matrix(np.array([c.floats for c in columns], dtype=np.float32)),
-            seeds=staging.put_long(np.array([c.seed for c in columns], dtype=np.uint64).view(np.int64)),
-            stop_ids=matrix(stop_ids),
-        )
-        if tokens:
-            new_rows.tokens, new_rows.blocks = staging.put_spans(tokens), staging.put_spans(blocks)
-        new_rows.biases = self._biases(slots, columns)
-        return new_rows
+        return {"records": records, "num_rows": len(rows), "longest": longest}, self._biases(slots, columns)
 
     def _biases(
         self, slots: list[int], columns: list[RowColumns]
@@ -224,7 +206,8 @@ class Stager:
         matrix = self._staging.put_matrix
         return self._staging.put_long([slot for slot, _ in changed]), matrix(ids), matrix(values)
 
-    def _table_entries(self, step: worker_pb2.Step) -> Spans:
+    def _table_entries(self, step: worker_pb2.Step) -> dict[str, int]:
+        """Pack the places and the blocks of new entries: their part of `Changes`."""
         width, host = self._limits.table_len, self._rows
         if len(step.append_slots) != len(step.append_blocks):
             raise StepError(f"{len(step.append_slots)} slots to append {len(step.append_blocks)} blocks to")
@@ -232,22 +215,23 @@ class Stager:
             raise StepError("the columns of replaced blocks differ in length")
         self._check_blocks(step.append_blocks)
         self._check_blocks(step.replace_blocks)
-        places = []
-        for slot in step.append_slots:
+        counts = host.num_blocks
+        places: list[int] = []
+        for slot, run in groupby(step.append_slots):
             self._check_used(slot)
-            index = int(host.num_blocks[slot])
-            if index >= width:
+            count, start = sum(1 for _ in run), int(counts[slot])
+            if start + count > width:
                 raise StepError(f"slot {slot}: its block table is full")
-            host.num_blocks[slot] = index + 1
-            places.append(slot * width + index)
+            counts[slot] = start + count
+            places.extend(range(slot * width + start, slot * width + start + count))
+        entering = {row.slot for row in step.new_rows}
         for slot, index in zip(step.replace_slots, step.replace_indexes, strict=True):
             self._check_used(slot)
-            if index >= host.num_blocks[slot]:
-                raise StepError(f"slot {slot}: its block table has no entry {index}")
+            if index >= counts[slot] or slot in entering:
+                raise StepError(f"slot {slot}: its block table has no entry {index} to replace")
             places.append(slot * width + index)
-        first = self._staging.used
-        self._staging.put([*step.append_blocks, *step.replace_blocks])
-        return self._staging.put_spans([(place, first + i, 1) for i, place in enumerate(places)])
+        entries = self._staging.write(places, step.append_blocks, step.replace_blocks)
+        return {"entries": entries, "num_entries": len(places)}
 
     def _batch(self, step: worker_pb2.Step, parents: dict[int, int]) -> Batch:
         slots = np.array(step.slots, dtype=np.int64)
@@ -264,26 +248,36 @@ class Stager:
         self, step: worker_pb2.Step, slots: np.ndarray, lengths: np.ndarray, parents: dict[int, int]
     ) -> Batch:
         """Chunks of prompts, decodes and forks, in any order."""
-        host, put_long = self._rows, self._staging.put_long
-        forked = lengths == 0
-        forks = slots[forked]
-        parent_of = np.array([parents[s] for s in forks.tolist()], dtype=np.int64)
-        rows, chunk = slots[~forked], lengths[~forked]
+        host = self._rows
+        rows, chunk = (slots, lengths) if not parents else (slots[lengths > 0], lengths[lengths > 0])
         starts = host.num_computed[rows]
-        host.num_computed[rows] += chunk
-        last_token = np.zeros(self._limits.max_slots, dtype=np.int64)
-        last_token[rows] = np.cumsum(chunk) - 1
+        host.num_computed[rows] = starts + chunk
+        last = np.cumsum(chunk) - 1
+        if parents:
+            forks = slots[lengths == 0]
+            parent_of = self._fork(forks, parents, rows)
+            last_token = np.zeros(self._limits.max_slots, dtype=np.int64)
+            last_token[rows] = last
+            last_token[forks] = last_token[parent_of]
+            last = last_token[slots]
+        samples = host.num_computed[slots] == host.num_tokens[slots]
+        sampling = slots[samples]
+        batch = self._chunks(step, rows, chunk, starts, sampling, last[samples])
+        if parents:
+            batch.forks = self._staging.put_long(forks), self._staging.put_long(parent_of)
+        host.num_tokens[sampling] += 1
+        return batch
+
+    def _fork(self, forks: np.ndarray, parents: dict[int, int], rows: np.ndarray) -> np.ndarray:
+        """Give forks their parents' counts; the parents."""
+        host = self._rows
+        parent_of = np.array([parents[slot] for slot in forks.tolist()], dtype=np.int64)
         ready = host.num_computed[parent_of] == host.num_tokens[parent_of]
         if not (ready & np.isin(parent_of, rows)).all():
             raise StepError("a fork's parent does not sample in this step")
-        for counts in (host.num_tokens, host.num_computed, host.num_blocks, last_token):
+        for counts in (host.num_tokens, host.num_computed, host.num_blocks):
             counts[forks] = counts[parent_of]
-        sampling = slots[host.num_computed[slots] == host.num_tokens[slots]]
-        batch = self._chunks(step, rows, chunk, starts, sampling, last_token[sampling])
-        if len(forks):
-            batch.forks = put_long(forks), put_long(parent_of)
-        host.num_tokens[sampling] += 1
-        return batch
+        return parent_of
 
     def _decode_batch(self, step: worker_pb2.Step, slots: np.ndarray) -> Batch:
         """Every row takes one token; unless all sample from it, the batch is ragged after all."""

@@ -96,6 +96,7 @@ class Step:
         seq_lens: [B] int32.
         table_rows: [B] int64: the row of `block_tables` that is row b's; None for row b itself.
         tiles: how attention on a GPU cuts up the queries of rows with more than one; None if none has.
+        wanted: [R] int64: the tokens whose states are asked for; None for all.
     """
 
     cos_sin: torch.Tensor
@@ -106,6 +107,7 @@ class Step:
     seq_lens: torch.Tensor
     table_rows: torch.Tensor | None = None
     tiles: Tiles | None = None
+    wanted: torch.Tensor | None = None
 
     def check(self, tokens: int, dim: int) -> None:
         """Raises ValueError, naming the attribute, where a shape, type or stride is wrong."""
@@ -121,6 +123,8 @@ class Step:
         }
         if self.table_rows is not None:
             expected["table_rows"] = (torch.int64, (rows,))
+        if self.wanted is not None:
+            expected["wanted"] = (torch.int64, self.wanted.shape[:1])
         for name, (dtype, shape) in expected.items():
             x = getattr(self, name)
             if x.dtype != dtype or x.shape != shape or x.stride(-1) != 1:
@@ -179,43 +183,56 @@ class LayerStack:
         in_c = all(p.address for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
         self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers else None
 
-    def forward(self, hidden: torch.Tensor, step: Step, out: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """The type of the sums that go from layer to layer. On CUDA float32: rounding them to bfloat16 after
+        each block is half of the error of a bfloat16 model's logits."""
+        data = self.layers[0].qkv.data
+        return torch.float32 if data.is_cuda else self.layers[0].qkv.dtype
+
+    def forward(self, hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs all layers over an iteration's tokens and writes their keys and values to the caches.
 
         Args:
-            hidden: [T, H] contiguous, the embeddings; updated in place.
+            hidden: [T, H] contiguous, the embeddings, of `residual_dtype`; used up.
             step: the iteration's tokens and rows.
-            out: [T, H] contiguous, written and returned. A new tensor when None.
 
         Returns:
-            What the last feed-forward block adds to `hidden`: the final norm is
-            `rms_norm(out, weight, eps, residual=hidden)`.
+            Two [R, H], of the tokens that `step.wanted` names: their state before the last feed-forward block
+            and what that adds to it. The final norm is `rms_norm(second, weight, eps, residual=first)`.
 
         Raises:
             ValueError: a shape, type or stride is wrong; the message names the argument.
         """
         first = self.layers[0]
         tokens, width = hidden.shape
-        if width != first.qkv.in_features or hidden.dtype != first.qkv.dtype or not hidden.is_contiguous():
-            raise ValueError(f"hidden must be {first.qkv.dtype} [T, {first.qkv.in_features}], contiguous")
-        if out is None:
-            out = torch.empty_like(hidden)
-        elif out.shape != hidden.shape or out.dtype != hidden.dtype or not out.is_contiguous():
-            raise ValueError(f"out must be {hidden.dtype} {tuple(hidden.shape)}, contiguous")
+        if (
+            width != first.qkv.in_features
+            or hidden.dtype != self.residual_dtype
+            or not hidden.is_contiguous()
+        ):
+            raise ValueError(f"hidden must be {self.residual_dtype} [T, {first.qkv.in_features}], contiguous")
         step.check(tokens, first.value_cache.shape[3])
         if hidden.is_cuda:
             from kernels.cuda import layer
 
-            return layer.forward(self.layers, hidden, step, out)
+            return layer.forward(self.layers, hidden, step)
         if self._c is None or not hidden.is_cpu:
-            return forward_reference(self.layers, hidden, step, out)
+            return _select(hidden, forward_reference(self.layers, hidden, step), step)
+        out = torch.empty_like(hidden)
         c_step = _CStep(
             step.cos_sin.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
             step.block_tables.data_ptr(), step.query_start.data_ptr(), step.seq_lens.data_ptr(),
             step.block_tables.stride(0), tokens, step.seq_lens.shape[0],
         )  # fmt: skip
         _c_layers()(self._c, len(self._c), ctypes.byref(c_step), hidden.data_ptr(), out.data_ptr())
-        return out
+        return _select(hidden, out, step)
+
+
+def _select(hidden: torch.Tensor, delta: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    if step.wanted is None:
+        return hidden, delta
+    return hidden.index_select(0, step.wanted), delta.index_select(0, step.wanted)
 
 
 def _c_layer(layer: Layer) -> _CLayer:
@@ -230,10 +247,9 @@ def _c_layer(layer: Layer) -> _CLayer:
     )  # fmt: skip
 
 
-def forward_reference(
-    layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor
-) -> torch.Tensor:
-    """`LayerStack.forward` in calls of the single operations, each of which finds its own implementation."""
+def forward_reference(layers: list[Layer], hidden: torch.Tensor, step: Step) -> torch.Tensor:
+    """What the last block adds to `hidden`, in calls of the single operations, each of which finds its own
+    implementation; of all tokens."""
     delta: torch.Tensor | None = None
     for layer in layers:
         _, num_kv_heads, _, dim = layer.value_cache.shape
@@ -257,4 +273,4 @@ def forward_reference(
         normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
         delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
     assert delta is not None, "a stack has at least one layer"
-    return out.copy_(delta)
+    return delta

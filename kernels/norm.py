@@ -25,10 +25,10 @@ def rms_norm(
 
     Args:
         x: [T, H], float32 or bfloat16, unit stride in the last dim.
-        weight: [H], the type of x.
+        weight: [H], the type of x; on CUDA also bfloat16 for a float32 x.
         eps: added to the mean square.
-        residual: [T, H] or None; x is added to it in place first.
-        out: [T, H], written and returned; x itself is allowed. A new tensor when None.
+        residual: [T, H] or None, the type of x, which is added to it in place first.
+        out: [T, H], the type of weight, written and returned; x itself is allowed. A new tensor when None.
 
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
@@ -36,14 +36,15 @@ def rms_norm(
     rows, dim = x.shape
     if x.dtype not in FLOATS or x.stride(1) != 1:
         raise ValueError(f"x must be float32 or bfloat16 with unit stride, not {x.dtype}, {x.stride()}")
-    if weight.shape != (dim,) or weight.dtype != x.dtype or not weight.is_contiguous():
+    narrows = x.is_cuda and x.dtype is torch.float32 and weight.dtype in FLOATS
+    if weight.shape != (dim,) or not (weight.dtype == x.dtype or narrows) or not weight.is_contiguous():
         raise ValueError(f"weight must be {x.dtype} [{dim}], not {weight.dtype} {tuple(weight.shape)}")
     if residual is not None:
-        _check_like("residual", residual, x)
+        _check_like("residual", residual, x.shape, x.dtype)
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     else:
-        _check_like("out", out, x)
+        _check_like("out", out, x.shape, weight.dtype)
     if x.is_cpu and (c := _c_rms_norm()) is not None:
         c(
             x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
@@ -108,6 +109,6 @@ def head_rms_norm(
     return rms_norm_reference(x, weight, eps, None, out)
 
 
-def _check_like(name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
-    if tensor.shape != x.shape or tensor.dtype != x.dtype or tensor.stride(1) != 1:
-        raise ValueError(f"{name} must be {x.dtype} {tuple(x.shape)}, not {tensor.dtype}, {tensor.shape}")
+def _check_like(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(1) != 1:
+        raise ValueError(f"{name} must be {dtype} {tuple(shape)}, not {tensor.dtype}, {tensor.shape}")

@@ -1,4 +1,4 @@
-"""The rows' state on the device, and what every step does to it: enter, gather, accept.
+"""The rows' state on the device, and what every step does to it: change, gather, accept.
 
 A row is one sequence in a slot. Its tokens, counters, block table and sampling columns stay on the device
 from its first step to its last; a step's inputs are gathered there and what was drawn is appended there, so
@@ -8,7 +8,9 @@ later iterations masked, computes one position without writing it, samples nothi
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,12 +21,20 @@ WAS_DONE = -1
 GOES_ON = 0
 NAN = 3
 
-# The order of the counters, and of the 32-bit sampling columns, in the matrices below.
+# The order of the counters, and of the 32-bit sampling columns, in the matrix below.
 COUNTERS = ("num_tokens", "num_prompt", "num_computed", "last_position")
 INTEGERS = ("top_k", "min_tokens", "num_logprobs")
 FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 # A fork takes these first counters from its parent.
 INHERITED = 3
+
+# What the host stages of a row that enters, as 32-bit words: its slot, the place of its numbers (stop ids,
+# tokens and blocks, one behind the other), how many of them are stop ids and how many blocks; its seed; then
+# its entries in the matrix, of which the first says how many tokens there are.
+RECORD = struct.Struct(f"<4iQ{len(COUNTERS)}i{len(INTEGERS)}i{len(FLOATS)}f4x")
+RECORD_WORDS = RECORD.size // 4
+SEED_AT, NUMBERS_AT = 4, 6
+NUM_NUMBERS = len(COUNTERS) + len(INTEGERS) + len(FLOATS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +44,7 @@ class RowState:
     Attributes:
         tokens: int32[S, max_len].
         block_tables: int32[S, MB].
+        numbers: int32[13, S]: counters, integers and floats, which are views of it.
         counters: int32[4, S], in the order of `COUNTERS`.
         integers: int32[3, S], in the order of `INTEGERS`.
         floats: float32[6, S], in the order of `FLOATS`.
@@ -44,6 +55,7 @@ class RowState:
 
     tokens: torch.Tensor
     block_tables: torch.Tensor
+    numbers: torch.Tensor
     counters: torch.Tensor
     integers: torch.Tensor
     floats: torch.Tensor
@@ -58,8 +70,9 @@ class RowState:
     ) -> RowState:  # fmt: skip
         """State of `num_slots` rows and the one that pads; all is zero, nothing is done but the last."""
         size, i32, f32 = num_slots + 1, torch.int32, torch.float32
-        integers = torch.zeros((len(INTEGERS), size), dtype=i32, device=device)
-        floats = torch.zeros((len(FLOATS), size), dtype=f32, device=device)
+        numbers = torch.zeros((NUM_NUMBERS, size), dtype=i32, device=device)
+        counters, integers, floats = numbers.split((len(COUNTERS), len(INTEGERS), len(FLOATS)))
+        floats = floats.view(f32)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         done[num_slots] = True
         columns = SamplingColumns(
@@ -73,9 +86,16 @@ class RowState:
         return cls(
             tokens=torch.zeros((size, max_len), dtype=i32, device=device),
             block_tables=torch.zeros((size, -(-max_len // block_size)), dtype=i32, device=device),
-            counters=torch.zeros((len(COUNTERS), size), dtype=i32, device=device), integers=integers,
-            floats=floats, done=done, columns=columns, block_size=block_size,
+            numbers=numbers, counters=counters, integers=integers, floats=floats, done=done,
+            columns=columns, block_size=block_size,
         )  # fmt: skip
+
+    @cached_property
+    def memory(self) -> tuple[torch.Tensor | int, ...]:
+        """What `change` writes to on CUDA, and its sizes: made once, because each view costs the host."""
+        stops, tables = self.columns.stop_ids, self.block_tables
+        words = self.numbers, self.columns.seed.view(torch.int32), stops, self.done.view(torch.uint8)
+        return (*words, self.tokens, tables, *stops.shape, self.tokens.shape[1], tables.shape[1])
 
     @property
     def padding_slot(self) -> int:
@@ -120,51 +140,56 @@ class Gathered:
     seq_lens: torch.Tensor
 
 
-def enter(
-    state: RowState, slots: torch.Tensor, counters: torch.Tensor, integers: torch.Tensor,
-    floats: torch.Tensor, seeds: torch.Tensor, stop_ids: torch.Tensor,
-) -> None:  # fmt: skip
-    """Fill the counters and sampling columns of N new rows, which are not done.
+@dataclass(frozen=True)
+class Changes:
+    """What a step changes in the rows before its forward, staged in one array.
+
+    Attributes:
+        source: int32[n], on the device.
+        records: place of the first new row's `RECORD`; the others follow it.
+        num_rows: rows that enter.
+        longest: tokens of the longest of these, known on the host.
+        entries: place of the first of the block tables' new entries: E places in the flattened tables, and
+            behind these E blocks. No place is within a new row's own blocks, and none stands twice.
+        num_entries: E.
+    """
+
+    source: torch.Tensor
+    records: int = 0
+    num_rows: int = 0
+    longest: int = 0
+    entries: int = 0
+    num_entries: int = 0
+
+
+def change(state: RowState, changes: Changes) -> None:
+    """Let new rows enter their slots, which are distinct, and put blocks into tables. New rows are not done;
+    their stop ids are padded with -1.
 
     Args:
         state: changed in place.
-        slots: int64[N], distinct.
-        counters: int32[N, 4].
-        integers: int32[N, 3].
-        floats: float32[N, 6].
-        seeds: int64[N].
-        stop_ids: int32[N, W], -1 pads; W is at most the column's width, the rest of which is padded.
+        changes: which; at least one row or entry.
     """
-    if slots.is_cuda:
+    if state.tokens.is_cuda:
         from kernels.cuda import rows
 
-        rows.enter(state, slots, counters, integers, floats, seeds, stop_ids)
+        rows.change(state, changes)
         return
-    state.counters.index_copy_(1, slots, counters.t())
-    state.integers.index_copy_(1, slots, integers.t())
-    state.floats.index_copy_(1, slots, floats.t())
-    state.done.index_fill_(0, slots, False)
-    state.columns.seed.index_copy_(0, slots, seeds)
-    state.columns.stop_ids.index_fill_(0, slots, -1)
-    state.columns.stop_ids[:, : stop_ids.shape[1]].index_copy_(0, slots, stop_ids)
-
-
-def write_spans(flat: torch.Tensor, source: torch.Tensor, spans: torch.Tensor, longest: int) -> None:
-    """Copy spans of one array to places in another: the tokens, or the block tables, of new rows.
-
-    Args:
-        flat: int32[n], changed in place.
-        source: int32[m].
-        spans: int64[N, 3]: the first place in `flat`, the first in `source`, and the length; disjoint.
-        longest: the greatest length, known on the host.
-    """
-    if flat.is_cuda:
-        from kernels.cuda import rows
-
-        rows.write_spans(flat, source, spans, longest)
-        return
-    for place, start, length in spans.tolist():
-        flat[place : place + length] = source[start : start + length]
+    source, first = changes.source, changes.records
+    records = source[first : first + changes.num_rows * RECORD_WORDS].view(-1, RECORD_WORDS)
+    slots = records[:, 0].long()
+    state.numbers.index_copy_(1, slots, records[:, NUMBERS_AT : NUMBERS_AT + NUM_NUMBERS].t())
+    state.columns.seed.view(torch.int32).view(-1, 2)[slots] = records[:, SEED_AT:NUMBERS_AT]
+    state.done[slots] = False
+    state.columns.stop_ids[slots] = -1
+    for slot, place, *counts in records[:, [0, 1, 2, NUMBERS_AT, 3]].tolist():
+        for part, count in zip(
+            (state.columns.stop_ids, state.tokens, state.block_tables), counts, strict=True
+        ):
+            part[slot, :count] = source[place : place + count]
+            place += count
+    places, blocks = source[changes.entries :][: 2 * changes.num_entries].view(2, changes.num_entries)
+    state.block_tables.view(-1)[places.long()] = blocks
 
 
 def gather_decodes(state: RowState, slots: torch.Tensor, iteration: torch.Tensor) -> Gathered:

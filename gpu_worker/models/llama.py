@@ -68,10 +68,10 @@ class Llama:
         not on the rows beside it, on how its prompt was cut into chunks, or on the number of threads.
 
         Returns:
-            Two [T, hidden_size], whose sum is each token's state before the final norm.
+            Two [R, hidden_size], whose sum is each wanted token's state before the final norm.
         """
-        hidden = embedding(token_ids, self._embed)
-        return hidden, self._layers.forward(hidden, step)
+        hidden = embedding(token_ids, self._embed).to(self._layers.residual_dtype)
+        return self._layers.forward(hidden, step)
 
     def logits(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """float32[R, vocab_size] of R tokens' states as `forward` returns them; `hidden` is used up."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from kernels.attention import paged_attention
 from kernels.cuda.activation import silu_and_mul
+from kernels.cuda.attention import paged_attention
 from kernels.cuda.linear import (
     SKINNY_ROWS,
     Normed,
@@ -29,20 +29,22 @@ if TYPE_CHECKING:
     from kernels.linear import PackedLinear
 
 
-def forward(layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor) -> torch.Tensor:
+def forward(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.layer.LayerStack.forward`; arguments are checked there."""
-    if hidden.shape[0] <= SKINNY_ROWS and hidden.dtype is torch.bfloat16:
-        return forward_skinny(layers, hidden, step, out)
-    return forward_wide(layers, hidden, step, out)
+    if hidden.shape[0] <= SKINNY_ROWS and layers[0].qkv.dtype is torch.bfloat16:
+        return forward_skinny(layers, hidden, step)
+    return forward_wide(layers, hidden, step)
 
 
-def forward_skinny(layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor) -> torch.Tensor:
+def forward_skinny(
+    layers: list[Layer], hidden: torch.Tensor, step: Step
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` for few rows. Every product but the last adds to `hidden` and prepares the norm behind it."""
-    tokens, inner = hidden.shape[0], layers[0].down.in_features
-    qkv, attended = _projections(layers[0], hidden)
-    activated = hidden.new_empty(tokens, inner)
-    normed = Normed(torch.empty_like(hidden), _squares(layers[0], hidden), 1, layers[0].eps)
-    scale_and_square(hidden, layers[0].input_norm, normed.scaled, normed.squares)
+    first, tokens = layers[0], hidden.shape[0]
+    qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
+    activated, out = _rows(first.down, tokens, inputs=True), torch.empty_like(hidden)
+    normed = Normed(_rows(first.o, tokens), _squares(first, hidden), 1, first.eps)
+    scale_and_square(hidden, first.input_norm, normed.scaled, normed.squares)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         _project_skinny(layer, normed, step, qkv)
         _attend(layer, qkv, step, attended)
@@ -50,39 +52,49 @@ def forward_skinny(layers: list[Layer], hidden: torch.Tensor, step: Step, out: t
         gated_linear(normed, layer.gate_up, activated)
         if following is not None:
             normed = residual_linear(activated, layer.down, hidden, following.input_norm, normed)
-    return skinny_linear(activated, layers[-1].down, out)
+    skinny_linear(activated, layers[-1].down, out)
+    if step.wanted is not None:
+        return hidden.index_select(0, step.wanted), out.index_select(0, step.wanted)
+    return hidden, out
 
 
-def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step, out: torch.Tensor) -> torch.Tensor:
-    """`forward` for any number of rows."""
-    qkv, attended = _projections(layers[0], hidden)
-    normed = torch.empty_like(hidden)
-    gate_up = hidden.new_empty(hidden.shape[0], layers[0].gate_up.out_features)
-    activated = hidden.new_empty(hidden.shape[0], layers[0].down.in_features)
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` for any number of rows. Behind the last attention only the wanted ones go on."""
+    first, last, tokens = layers[0], layers[-1], hidden.shape[0]
+    qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
+    normed, gate_up = _rows(first.o, tokens), _rows(first.gate_up, tokens)
+    activated = _rows(first.down, tokens, inputs=True)
+    for layer in layers:
         rms_norm(hidden, layer.input_norm, layer.eps, None, normed)
         wide_linear(normed, layer.qkv, qkv)
         _rotate(layer, qkv, step)
         _attend(layer, qkv, step, attended)
+        if layer is last and step.wanted is not None:
+            tokens = len(step.wanted)
+            hidden, attended = hidden.index_select(0, step.wanted), attended.index_select(0, step.wanted)
+            normed, gate_up, activated = normed[:tokens], gate_up[:tokens], activated[:tokens]
         _add_wide(attended, layer.o, hidden)
         rms_norm(hidden, layer.post_norm, layer.eps, None, normed)
         wide_linear(normed, layer.gate_up, gate_up)
         silu_and_mul(gate_up, activated)
-        if following is not None:
+        if layer is not last:
             _add_wide(activated, layer.down, hidden)
-    return wide_linear(activated, layers[-1].down, out)
+    return hidden, wide_linear(activated, last.down, torch.empty_like(hidden))
 
 
 def _add_wide(x: torch.Tensor, packed: PackedLinear, hidden: torch.Tensor) -> None:
-    hidden.addmm_(x, packed.data.t())
+    if hidden.dtype is x.dtype:
+        hidden.addmm_(x, packed.data.t())
+    else:
+        torch.addmm(hidden, x, packed.data.t(), out_dtype=hidden.dtype, out=hidden)
     if packed.bias is not None:
         hidden.add_(packed.bias)
 
 
-def _projections(layer: Layer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for q, k and v, [T, (Hq + 2 Hk) D], and for what attention gives, [T, Hq D]."""
-    tokens = hidden.shape[0]
-    return hidden.new_empty(tokens, layer.qkv.out_features), hidden.new_empty(tokens, layer.o.in_features)
+def _rows(packed: PackedLinear, tokens: int, inputs: bool = False) -> torch.Tensor:
+    """Room for what a projection gives, or takes."""
+    width = packed.in_features if inputs else packed.out_features
+    return torch.empty(tokens, width, dtype=packed.dtype, device=packed.data.device)
 
 
 def _squares(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
@@ -90,7 +102,7 @@ def _squares(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     bm, width = padded_rows(hidden.shape[0]), hidden.shape[1]
     parts = 1
     for packed in (layer.o, layer.down):
-        tile = choose_tile(width, packed.in_features, bm, hidden.itemsize, hidden.device)
+        tile = choose_tile(width, packed.in_features, bm, packed.dtype.itemsize, hidden.device)
         parts = max(parts, triton.cdiv(width, tile.rows))
     return torch.empty(parts, bm, dtype=torch.float32, device=hidden.device)
 
@@ -127,6 +139,5 @@ def _attend(layer: Layer, qkv: torch.Tensor, step: Step, out: torch.Tensor) -> N
     q, k, v = _split(layer, qkv)
     paged_attention(
         q, layer.key_cache, layer.value_cache, step.block_tables, step.query_start, step.seq_lens,
-        layer.scale, out.view(q.shape), layer.sliding_window,
-        table_rows=step.table_rows, tiles=step.tiles, new_keys=k, new_values=v,
+        layer.scale, out.view(q.shape), layer.sliding_window, step.table_rows, step.tiles, k, v,
     )  # fmt: skip

@@ -6,7 +6,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.rows import GOES_ON, NAN, WAS_DONE, Gathered, RowState
+from kernels.rows import (
+    GOES_ON,
+    NAN,
+    NUM_NUMBERS,
+    NUMBERS_AT,
+    RECORD_WORDS,
+    SEED_AT,
+    WAS_DONE,
+    Changes,
+    Gathered,
+    RowState,
+)
 from kernels.sample import LENGTH, STOP
 
 BLOCK = 128
@@ -16,94 +27,68 @@ STOPS = 64
 
 _GOES_ON, _NAN, _WAS_DONE = tl.constexpr(GOES_ON), tl.constexpr(NAN), tl.constexpr(WAS_DONE)
 _LENGTH, _STOP = tl.constexpr(LENGTH), tl.constexpr(STOP)
+_RECORD_WORDS, _SEED_AT = tl.constexpr(RECORD_WORDS), tl.constexpr(SEED_AT)
+_NUMBERS_AT, _NUM_NUMBERS = tl.constexpr(NUMBERS_AT), tl.constexpr(NUM_NUMBERS)
+_LANES = tl.constexpr(triton.next_power_of_2(NUM_NUMBERS))
 
 
-@triton.jit(do_not_specialize=["num_stops_in"])
-def _enter_kernel(
-    slots,
-    counters_in,
-    integers_in,
-    floats_in,
-    seeds_in,
-    stops_in,
-    counters,
-    integers,
-    floats,
+@triton.jit(do_not_specialize=["records", "num_rows", "entries", "num_entries"])
+def _change_kernel(
+    source,
+    records,
+    num_rows,
+    entries,
+    num_entries,
+    numbers,
     seeds,
     stops,
     done,
+    tokens,
+    tables,
     num_slots,
     num_stops,
-    num_stops_in,
-    NUM_COUNTERS: tl.constexpr,
-    NUM_INTEGERS: tl.constexpr,
-    NUM_FLOATS: tl.constexpr,
-    STOPS: tl.constexpr,
+    max_len,
+    table_len,
+    SPAN: tl.constexpr,
 ):
-    """One program a new row."""
-    row = tl.program_id(0)
-    slot = tl.load(slots + row)
-    for i in tl.static_range(NUM_COUNTERS):
-        tl.store(counters + i * num_slots + slot, tl.load(counters_in + row * NUM_COUNTERS + i))
-    for i in tl.static_range(NUM_INTEGERS):
-        tl.store(integers + i * num_slots + slot, tl.load(integers_in + row * NUM_INTEGERS + i))
-    for i in tl.static_range(NUM_FLOATS):
-        tl.store(floats + i * num_slots + slot, tl.load(floats_in + row * NUM_FLOATS + i))
-    tl.store(seeds + slot, tl.load(seeds_in + row))
-    place = tl.arange(0, STOPS)
-    ids = tl.load(stops_in + row * num_stops_in + place, mask=place < num_stops_in, other=-1)
-    tl.store(stops + slot * num_stops + place, ids, mask=place < num_stops)
-    tl.store(done + slot, 0)
+    """Program (n, i) writes piece i of new row n; behind the rows, piece i of the tables' entries."""
+    row, piece = tl.program_id(0), tl.program_id(1)
+    offset = piece * SPAN + tl.arange(0, SPAN)
+    if row == num_rows:
+        inside = offset < num_entries
+        place = tl.load(source + entries + offset, mask=inside, other=0)
+        block = tl.load(source + entries + num_entries + offset, mask=inside)
+        tl.store(tables + place, block, mask=inside)
+    else:
+        record = source + records + row * _RECORD_WORDS
+        slot = tl.load(record).to(tl.int64)
+        part = source + tl.load(record + 1)
+        count = tl.load(record + 2)
+        ids = tl.load(part + offset, mask=offset < count, other=-1)
+        tl.store(stops + slot * num_stops + offset, ids, mask=offset < num_stops)
+        part += count
+        count = tl.load(record + _NUMBERS_AT)
+        inside = offset < count
+        tl.store(tokens + slot * max_len + offset, tl.load(part + offset, mask=inside), mask=inside)
+        part += count
+        inside = offset < tl.load(record + 3)
+        tl.store(tables + slot * table_len + offset, tl.load(part + offset, mask=inside), mask=inside)
+        if piece == 0:
+            lane = tl.arange(0, _LANES)
+            value = tl.load(record + _NUMBERS_AT + lane, mask=lane < _NUM_NUMBERS)
+            tl.store(numbers + lane * num_slots + slot, value, mask=lane < _NUM_NUMBERS)
+            word = tl.arange(0, 2)
+            tl.store(seeds + slot * 2 + word, tl.load(record + _SEED_AT + word))
+            tl.store(done + slot, 0)
 
 
-def enter(
-    state: RowState,
-    slots: torch.Tensor,
-    counters: torch.Tensor,
-    integers: torch.Tensor,
-    floats: torch.Tensor,
-    seeds: torch.Tensor,
-    stop_ids: torch.Tensor,
-) -> None:
-    """See `kernels.rows.enter`."""
-    num_stops = state.columns.stop_ids.shape[1]
-    _enter_kernel[(slots.shape[0],)](
-        slots,
-        counters,
-        integers,
-        floats,
-        seeds,
-        stop_ids,
-        state.counters,
-        state.integers,
-        state.floats,
-        state.columns.seed,
-        state.columns.stop_ids,
-        state.done.view(torch.uint8),
-        state.done.shape[0],
-        num_stops,
-        stop_ids.shape[1],
-        NUM_COUNTERS=state.counters.shape[0],
-        NUM_INTEGERS=state.integers.shape[0],
-        NUM_FLOATS=state.floats.shape[0],
-        STOPS=triton.next_power_of_2(num_stops),
-        num_warps=1,
+def change(state: RowState, changes: Changes) -> None:
+    """See `kernels.rows.change`: one launch, because the host's time for each delays the step."""
+    num_rows, num_entries = changes.num_rows, changes.num_entries
+    widest = max(num_entries, changes.longest, state.columns.stop_ids.shape[1] if num_rows else 0)
+    _change_kernel[(num_rows + (num_entries > 0), -(-widest // SPAN))](
+        changes.source, changes.records, num_rows, changes.entries, num_entries, *state.memory, SPAN=SPAN
     )
-
-
-@triton.jit
-def _write_spans_kernel(flat, source, spans, SPAN: tl.constexpr):
-    """Program (n, i) copies piece i of span n."""
-    span = spans + tl.program_id(0) * 3
-    place, start, length = tl.load(span), tl.load(span + 1), tl.load(span + 2)
-    offset = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    inside = offset < length
-    tl.store(flat + place + offset, tl.load(source + start + offset, mask=inside), mask=inside)
-
-
-def write_spans(flat: torch.Tensor, source: torch.Tensor, spans: torch.Tensor, longest: int) -> None:
-    """See `kernels.rows.write_spans`."""
-    _write_spans_kernel[(spans.shape[0], triton.cdiv(longest, SPAN))](flat, source, spans, SPAN=SPAN)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

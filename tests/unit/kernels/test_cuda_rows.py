@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -56,25 +56,61 @@ def same(expected: rows.RowState, got: rows.RowState) -> None:
     torch.testing.assert_close(got.columns.seed.cpu(), expected.columns.seed, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_enter_and_write_spans(seed: int) -> None:
-    expected = random_state(seed)
+def staged(num_rows: int, num_entries: int) -> rows.Changes:
+    """Random rows that enter, forks and rows that fill their slots among them, and entries of others."""
+    source = torch.randint(0, 50, (4000,), dtype=I32)
+    slots = torch.randperm(SLOTS)
+    records, place, longest = 12, 600, 0
+    for i, slot in enumerate(slots[:num_rows].tolist()):
+        num_stops, num_tokens, num_blocks = ((0, 0, 0), (STOPS, MAX_LEN, 4), (7, 33, 3), (1, 1, 0))[i % 4]
+        numbers = torch.randint(0, 40, (6,)).tolist()
+        values = (slot, place, num_stops, num_blocks, 2**64 - 1 - i, num_tokens, *numbers)
+        rows.RECORD.pack_into(
+            source.numpy(), 4 * (records + i * rows.RECORD_WORDS), *values, *torch.rand(6).tolist()
+        )
+        place, longest = place + num_stops + num_tokens + num_blocks, max(longest, num_tokens)
+    width = MAX_LEN // BLOCK_SIZE
+    free = (slots[num_rows:, None] * width + torch.arange(width)).view(-1)
+    source[2000 : 2000 + num_entries] = free[torch.randperm(len(free))[:num_entries]]
+    return rows.Changes(source, records, num_rows, longest, 2000, num_entries)
+
+
+@pytest.mark.parametrize(("num_rows", "num_entries"), [(5, 0), (0, 9), (1, 1), (4, 60), (11, 30)])
+def test_change(num_rows: int, num_entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_rows, "SPAN", 32)  # tokens, stop ids and entries take several programs
+    expected = random_state(num_rows)
     got = clone(expected, device())
-    slots = torch.randperm(SLOTS)[:5]
-    columns = (
-        torch.randint(0, 40, (5, 4), dtype=I32),
-        torch.randint(0, 40, (5, 3), dtype=I32),
-        torch.rand(5, 6),
-        torch.randint(-(2**62), 2**62, (5,)),
-        torch.randint(0, 50, (5, 7), dtype=I32),
-    )
-    rows.enter(expected, slots, *columns)
-    cuda_rows.enter(got, slots.to(device()), *(c.to(device()) for c in columns))
-    source = torch.randint(0, 50, (3000,), dtype=I32)
-    spans = torch.tensor([[3, 5, 60], [700, 1001, 1], [100, 1200, 333], [500, 0, 0]])
-    rows.write_spans(expected.tokens.view(-1), source, spans, 333)
-    cuda_rows.write_spans(got.tokens.view(-1), source.to(device()), spans.to(device()), 333)
+    changes = staged(num_rows, num_entries)
+    rows.change(expected, changes)
+    cuda_rows.change(got, replace(changes, source=changes.source.to(device())))
     same(expected, got)
+
+
+def test_change_writes_what_was_staged() -> None:
+    state = random_state(0)
+    before = clone(state, "cpu")
+    source = torch.tensor(
+        [7, 7, 7, 7, *[0] * rows.RECORD_WORDS, 11, 12, 21, 22, 23, 31, 9, 14, 41, 42], dtype=I32
+    )
+    record = (3, 24, 2, 1, 2**63 + 5, 3, 2, 1, 60, 4, 5, 6, 0.5, 1.0, 0.25, -1.0, 2.0, 1.5)
+    rows.RECORD.pack_into(source.numpy(), 4 * 4, *record)
+    rows.change(state, rows.Changes(source, 4, 1, 3, 30, 2))
+    assert state.counters[:, 3].tolist() == [3, 2, 1, 60]
+    assert state.integers[:, 3].tolist() == [4, 5, 6]
+    assert state.floats[:, 3].tolist() == [0.5, 1.0, 0.25, -1.0, 2.0, 1.5]
+    assert state.columns.seed[3].item() == 5 - 2**63
+    assert state.columns.stop_ids[3].tolist() == [11, 12] + [-1] * (STOPS - 2)
+    assert state.tokens[3, :3].tolist() == [21, 22, 23]
+    assert state.block_tables[3, 0].item() == 31
+    assert not state.done[3]
+    assert state.block_tables.view(-1)[[9, 14]].tolist() == [41, 42]
+    kept = [slot for slot in range(SLOTS + 1) if slot != 3]
+    for name in ("tokens", "done"):
+        assert torch.equal(getattr(state, name)[kept], getattr(before, name)[kept])
+    assert torch.equal(state.numbers[:, kept], before.numbers[:, kept])
+    assert torch.equal(state.tokens[3, 3:], before.tokens[3, 3:])
+    changed = (state.block_tables != before.block_tables).view(-1).nonzero().flatten().tolist()
+    assert set(changed) <= {9, 14, 3 * 4}
 
 
 def padded(slots: torch.Tensor, size: int) -> torch.Tensor:
@@ -144,13 +180,12 @@ def test_copy_blocks() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_they_compile(arch: int) -> None:
-    i32, i64, u8, f32 = "*i32", "*i64", "*u8", "*fp32"
+    i32, i64, u8 = "*i32", "*i64", "*u8"
     cases = {
-        cuda_rows._enter_kernel: (
-            [i64, i32, i32, f32, i64, i32, i32, i32, f32, i64, i32, u8, "i32", "i32", "i32"],
-            {"NUM_COUNTERS": 4, "NUM_INTEGERS": 3, "NUM_FLOATS": 6, "STOPS": 1024},
+        cuda_rows._change_kernel: (
+            [i32, *["i32"] * 4, i32, i32, i32, u8, i32, i32, *["i32"] * 4],
+            {"SPAN": cuda_rows.SPAN},
         ),
-        cuda_rows._write_spans_kernel: ([i32, i32, i64], {"SPAN": cuda_rows.SPAN}),
         cuda_rows._gather_decodes_kernel: (
             [i64, i32, u8, i32, i32, i32, i32, i32, i64, i32, "i32", "i32", "i32"],
             {"BLOCK_SIZE": 16, "BLOCK": cuda_rows.BLOCK},

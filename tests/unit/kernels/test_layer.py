@@ -58,9 +58,9 @@ def test_equals_the_single_operations(options, dtype, threads, randn):
         layers.append(make_layer(randn, dtype, **norms if changes is None else changes))
     hidden = randn(20, HIDDEN, dtype=dtype)
     mine, theirs = hidden.clone(), hidden.clone()
-    delta = LayerStack(layers).forward(mine, make_step())
+    _, delta = LayerStack(layers).forward(mine, make_step())
     caches = [cache.clone() for layer in layers for cache in (layer.key_cache, layer.value_cache)]
-    expected = forward_reference(layers, theirs, make_step(), torch.empty_like(hidden))
+    expected = forward_reference(layers, theirs, make_step())
     assert torch.isfinite(delta).all()
     assert torch.equal(delta, expected) and torch.equal(mine, theirs)
     after = [cache for layer in layers for cache in (layer.key_cache, layer.value_cache)]
@@ -96,7 +96,7 @@ def test_matches_plain_torch(randn):
     gate, up = (norm(x, layer.post_norm) @ layer.gate_up.weight().double().t()).chunk(2, dim=1)
     delta = (torch.nn.functional.silu(gate) * up) @ layer.down.weight().double().t()
 
-    result = LayerStack([layer]).forward(hidden, step)
+    hidden, result = LayerStack([layer]).forward(hidden, step)
     torch.testing.assert_close(hidden.double(), x, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(result.double(), delta, rtol=1e-4, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_a_token_does_not_depend_on_its_batch(dtype, randn):
         return  # torch makes no such promise
     stack = LayerStack([make_layer(randn, dtype) for _ in range(2)])
     hidden, step = randn(20, HIDDEN, dtype=dtype), make_step()
-    whole = stack.forward(hidden.clone(), step)
+    whole = stack.forward(hidden.clone(), step)[1]
     last = dataclasses.replace(
         step,
         positions=step.positions[18:19],
@@ -115,15 +115,24 @@ def test_a_token_does_not_depend_on_its_batch(dtype, randn):
         query_start=torch.tensor([0, 1], dtype=torch.int32),
         seq_lens=step.seq_lens[:1],
     )
-    assert torch.equal(stack.forward(hidden[18:19].clone(), last), whole[18:19])
+    assert torch.equal(stack.forward(hidden[18:19].clone(), last)[1], whole[18:19])
+
+
+def test_only_wanted_tokens_are_returned(dtype, randn):
+    stack = LayerStack([make_layer(randn, dtype) for _ in range(2)])
+    hidden = randn(20, HIDDEN, dtype=dtype)
+    wanted = torch.tensor([18, 19, 3])
+    parts = stack.forward(hidden.clone(), make_step(wanted=wanted))
+    for part, whole in zip(parts, stack.forward(hidden.clone(), make_step()), strict=True):
+        assert torch.equal(part, whole[wanted])
 
 
 def test_errors_name_the_argument(randn):
     stack = LayerStack([make_layer(randn, torch.float32)])
     with pytest.raises(ValueError, match=r"^hidden must"):
         stack.forward(randn(20, HIDDEN + 1), make_step())
-    with pytest.raises(ValueError, match=r"^out must"):
-        stack.forward(randn(20, HIDDEN), make_step(), out=randn(19, HIDDEN))
+    with pytest.raises(ValueError, match=r"^hidden must be torch.float32"):
+        stack.forward(randn(20, HIDDEN).bfloat16(), make_step())
     for name, bad in {
         "positions": torch.zeros(20, dtype=torch.int64),
         "slot_mapping": torch.zeros(20, dtype=torch.int32),
@@ -131,6 +140,7 @@ def test_errors_name_the_argument(randn):
         "query_start": torch.zeros(2, dtype=torch.int32),
         "seq_lens": torch.zeros(2, dtype=torch.int64),
         "cos_sin": torch.zeros(9, DIM + 2),
+        "wanted": torch.zeros(2, dtype=torch.int32),
     }.items():
         with pytest.raises(ValueError, match=f"^{name} must"):
             stack.forward(randn(20, HIDDEN), make_step(**{name: bad}))

@@ -34,7 +34,7 @@ def tiny(
     return make
 
 
-PADDING = Padding(rows=(4, 8), chunk_rows=(4, 8), chunk_tokens=(32, 64, 128), spare_tiles=8)
+PADDING = Padding(rows=(4, 8), chunk_rows=(8,), chunk_tokens=(32, 64, 128), lean_rows=4, spare_tiles=8)
 PLACES = ["cpu", "cpu padded", *(["cuda", "cuda graphs"] if torch.cuda.is_available() else [])]
 
 

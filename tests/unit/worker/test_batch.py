@@ -12,6 +12,7 @@ from kernels.attention import make_tiles
 
 PADDING_SLOT = 900
 PADDING = Padding.for_graphs(max_slots=100, max_tokens=2048)
+SHAPES = PADDING.shapes()
 IOTA = torch.arange(2000, dtype=torch.int32)
 
 
@@ -54,7 +55,7 @@ def test_a_ragged_batch_is_found_again(rows: list[tuple[int, int, bool]]) -> Non
 @given(st.integers(1, 100))
 def test_a_batch_of_decodes_is_found_again(count: int) -> None:
     shape = PADDING.decodes(count)
-    assert PADDING.is_padded(shape) and shape.rows >= count and shape == PADDING.decodes(shape.rows)
+    assert shape in SHAPES and shape.rows >= count and shape == PADDING.decodes(shape.rows)
     inputs = unpack(torch.from_numpy(pack(shape, PADDING_SLOT, slots=range(count))), shape, IOTA)
     assert inputs.slots.tolist() == [*range(count), *[PADDING_SLOT] * (shape.rows - count)]
     assert inputs.sample_slots is inputs.slots and inputs.chunks is None
@@ -62,18 +63,24 @@ def test_a_batch_of_decodes_is_found_again(count: int) -> None:
 
 
 def test_what_does_not_fit_is_exact() -> None:
-    assert Padding().decodes(37) == Shape(37, 37, 37) and not Padding().is_padded(Shape(37, 37, 37))
-    for sizes in ((101, 500, 3, 1, 1), (5, 2000, 3, 1, 1), (5, 64, 3, 200, 1)):
+    assert Padding().decodes(37) == Shape(37, 37, 37) and not Padding().shapes()
+    for sizes in ((101, 500, 3, 1, 1), (5, 2049, 3, 1, 1), (5, 64, 3, 200, 1)):
         shape = PADDING.chunks(*sizes)
-        assert shape == Shape(*sizes[:3], True, *sizes[3:]) and not PADDING.is_padded(shape)
+        assert shape == Shape(*sizes[:3], True, *sizes[3:]) and shape not in SHAPES
 
 
 def test_whole_prompts_alone_have_shapes_of_their_own() -> None:
     alone = PADDING.chunks(2, 100, 2, 0, 2, has_decodes=False)
-    assert PADDING.is_padded(alone) and (alone.paged, alone.has_decodes) == (0, False)
+    assert alone in SHAPES and (alone.paged, alone.has_decodes) == (0, False)
     for paged, has_decodes in ((1, False), (0, True)):
         mixed = PADDING.chunks(2, 100, 2, paged, 2, has_decodes=has_decodes)
-        assert PADDING.is_padded(mixed) and mixed.paged > 0 and mixed.has_decodes
+        assert mixed in SHAPES and mixed.paged > 0 and mixed.has_decodes
+
+
+def test_every_padded_shape_is_listed() -> None:
+    assert len(set(SHAPES)) == len(SHAPES)
+    for rows, tokens, has_decodes in ((1, 1, False), (3, 700, False), (40, 500, True), (100, 2048, True)):
+        assert PADDING.chunks(rows, tokens, rows, 0, 1, has_decodes=has_decodes) in SHAPES
 
 
 def test_padding_alone_is_nobodys() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu_worker.batch import Padding
 from gpu_worker.staging import StepError
 from pagoda.internal.v1 import worker_pb2
 from tests.unit.worker.harness import Device, prompt
@@ -294,6 +295,7 @@ def row(**fields) -> worker_pb2.NewRow:
         (step(slots=[0], append_slots=[0] * 20, append_blocks=[3] * 20), "full"),
         (step(slots=[0], replace_slots=[0], replace_indexes=[5], replace_blocks=[3]), "no entry 5"),
         (step(slots=[0], replace_slots=[0]), "replaced"),
+        (step(new_rows=[row()], replace_slots=[1], replace_indexes=[0], replace_blocks=[3]), "no entry 0"),
         (step(slots=[0], copy_src_blocks=[1]), "to copy"),
         (step(slots=[0], copy_src_blocks=[1], copy_dst_blocks=[500]), "block 500"),
         (step(new_rows=[row(slot=0)]), "slot 0 is not free"),
@@ -313,6 +315,34 @@ def test_steps_that_do_not_fit(device, bad, message):
     device.step({0: 5})
     with pytest.raises(StepError, match=message):
         device.stager.stage(bad)
+
+
+def test_new_entries_go_behind_the_old_ones(device):
+    """Blocks of a row that enters in the step and of one that was there, in turns, and replaced ones."""
+    first = device.add(0, prompt(40))
+    device.step({0: 40})
+    stager, rows = device.stager, device.rows
+    diff, _ = stager.stage(
+        step(
+            slots=[0, 1], num_tokens=[1, 2], new_rows=[row(blocks=[9, 8])],
+            append_slots=[0, 1, 1, 0], append_blocks=[20, 21, 22, 23],
+            replace_slots=[0, 0], replace_indexes=[1, 2], replace_blocks=[24, 25],
+        )
+    )  # fmt: skip
+    rows.apply(diff, device.cache.tensors)
+    assert rows.state.block_tables[0, :5].tolist() == [first.blocks[0], 24, 25, 20, 23]
+    assert rows.state.block_tables[1, :4].tolist() == [9, 8, 21, 22]
+
+
+@pytest.mark.parametrize(
+    "padding", [Padding(), Padding.for_graphs(200, 8192), Padding.for_graphs(1024, 8192)]
+)
+def test_a_buffer_holds_what_a_step_takes(padding):
+    """The sizes that the stager asks for hold every batch that it rounds to them."""
+    for rows in (1, 5, 16, 17, 64, 65, 130, 200):
+        for tokens in (rows, rows + 1, 63, 64, 65, 500, 512, 513, 1025, 4096, 8000):
+            asked = padding.largest(-(-rows // 64) * 64, -(-max(rows, tokens) // 64) * 64)
+            assert asked >= padding.largest(rows, max(rows, tokens))
 
 
 def test_clear_forgets_rows(device):
