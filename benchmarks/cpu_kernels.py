@@ -75,7 +75,7 @@ class Model:
     def forward(self, ids: torch.Tensor, step: Step) -> torch.Tensor:
         """Logits of each row's last token."""
         hidden = embedding(ids, self.head)
-        delta = self.stack.forward(hidden, step)
+        hidden, delta = self.stack.forward(hidden, step)
         return linear(self.last(rms_norm(delta, self.norm, 1e-5, hidden), step), self.head)
 
     def forward_by_operation(self, ids: torch.Tensor, step: Step, call) -> torch.Tensor:

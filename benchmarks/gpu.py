@@ -18,15 +18,13 @@ import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_bars
 from benchmarks.gpu_client import Client, RefusedError, RunError
 from benchmarks.gpu_facts import facts
-from benchmarks.gpu_models import PRESETS, config_folder, write_checkpoint
+from benchmarks.gpu_models import IN_MEMORY, PRESETS, config_folder, room_for, write_checkpoint
 from benchmarks.gpu_openai import ClientFailedError, Route, openai_rows
 from benchmarks.gpu_rows import ROWS, Load, Row, warm
 from benchmarks.gpu_services import ServiceError, Services, reporting
@@ -153,16 +151,19 @@ class Bench:
             self.start_row("random weights, first start", first, self.model, o.load_format)
             self.start_row("random weights, second start", first, self.model, o.load_format)
             if o.checkpoint:
-                began = time.perf_counter()
-                folder = Path(scratch) / o.preset
-                # In a process of its own, so that this one takes nothing of the device.
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                    size = pool.submit(write_checkpoint, o.preset, folder, o.device).result()
-                self.say(f"{size / 1e9:.2f} GB written in {time.perf_counter() - began:.1f} s")
-                self.start_row("safetensors in the page cache", third, folder, "auto")
+                base = room_for(o.preset, Path(o.base))
+                with tempfile.TemporaryDirectory(prefix="pagoda-start-", dir=base) as weights:
+                    began = time.perf_counter()
+                    folder = Path(weights) / o.preset
+                    size = write_checkpoint(o.preset, folder)
+                    taken = time.perf_counter() - began
+                    where = "in memory" if base == IN_MEMORY else "and so in the page cache"
+                    self.say(f"{size / 1e9:.2f} GB written to {base}, {where}, in {taken:.1f} s")
+                    # With caches of its own: a first start, at which kernels are compiled, too.
+                    self.start_row("safetensors in the page cache", third, folder, "auto", str(base))
 
-    def start_row(self, kind: str, caches: Path, model: Path, load_format: str) -> None:
-        """One start, from the first process to the first token."""
+    def start_row(self, kind: str, caches: Path, model: Path, load_format: str, weights: str = "") -> None:
+        """One start, from the first process to the first token; `weights` says where they lie."""
         variables = {name: str(caches / name.lower()) for name in CACHES}
         services = Services(self.options.logs / kind.replace(", ", "-").replace(" ", "-"), variables)
         began = time.perf_counter()
@@ -173,7 +174,8 @@ class Bench:
                 client.run(fixed(1, 512, 1, self.load.unseen()), 0.0)
                 seconds = time.perf_counter() - began
         self.say(f"start, {kind}: {seconds:.2f} s to the first token, {attached:.2f} s to attached")
-        self.keep({"workload": "start", "kind": kind, "seconds": seconds, "attached_s": attached})
+        row = {"workload": "start", "kind": kind, "seconds": seconds, "attached_s": attached}
+        self.keep(row | ({"weights": weights} if weights else {}))
 
 
 def parse() -> argparse.Namespace:

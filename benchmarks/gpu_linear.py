@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,10 +127,10 @@ class Product:
         squares = torch.zeros(28, bm, device="cuda")
         squares[0, :rows] = self.x.float().pow(2).sum(1)
         self.normed = Normed(self.x, squares, 28, EPS)
-        self.hidden = torch.zeros(rows, self.n, device="cuda", dtype=BF16)
+        self.hidden = torch.zeros(rows, self.n, device="cuda")
         self.norm = torch.ones(self.n, device="cuda", dtype=BF16)
         sums = torch.empty(-(-self.n // 16), bm, device="cuda")
-        self.sums = Normed(torch.empty_like(self.hidden), sums, 0, EPS)
+        self.sums = Normed(self.hidden.to(BF16), sums, 0, EPS)
         self.out = torch.empty(rows, self.n, device="cuda", dtype=self.out_dtype)
         self.gated = torch.empty(rows, self.n // 2, device="cuda", dtype=BF16)
 
@@ -303,15 +304,16 @@ class Model:
         )  # fmt: skip
 
     def iteration(self, hidden: torch.Tensor, step: Step, out_rows: int) -> torch.Tensor:
-        delta = self.stack.forward(hidden, step)
-        rms_norm(delta[:out_rows], self.norm, EPS, hidden[:out_rows], delta[:out_rows])
+        state, delta = self.stack.forward(hidden, step)
+        normed = torch.empty(out_rows, self.shape.hidden, dtype=BF16, device="cuda")
+        rms_norm(delta[:out_rows], self.norm, EPS, state[:out_rows], normed)
         logits = torch.empty(out_rows, self.shape.vocab, device="cuda")
-        return linear.linear(delta[:out_rows], self.head, logits)
+        return linear.linear(normed, self.head, logits)
 
     def prompt(self) -> Callable[[], Any]:
         """The iteration of one prompt of 512 tokens."""
-        hidden = torch.zeros(512, self.shape.hidden, dtype=BF16, device="cuda")
-        step = self.step([512], [0])
+        hidden = torch.zeros(512, self.shape.hidden, device="cuda")
+        step = replace(self.step([512], [0]), wanted=torch.tensor([511], device="cuda"))
         return lambda: self.iteration(hidden, step, 1)
 
 
@@ -325,7 +327,7 @@ def each_iteration(models: list[Model]) -> Iterator[tuple[Model, int, bool, Call
     for model in models:
         for rows in (1, 8, 64):
             step = model.step([1] * rows, [CONTEXT - 1] * rows)
-            hidden = torch.zeros(rows, model.shape.hidden, dtype=BF16, device="cuda")
+            hidden = torch.zeros(rows, model.shape.hidden, device="cuda")
             for attends in (False, True):
                 cuda_layer.paged_attention = attention if attends else no_attention
                 yield model, rows, attends, lambda m=model, h=hidden, s=step, r=rows: m.iteration(h, s, r)

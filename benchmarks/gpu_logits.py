@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_facts import facts
+from gpu_worker.batch import Shape
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import open_model
@@ -31,7 +36,27 @@ NUM_DECODES = 8
 MAX_ERROR = 2e-2  # of the largest absolute logit of the row
 MAX_LEN = 2048
 NUM_BUFFERS = 3
+NUM_WORST = 5  # rows that are named
+PACKAGES = ("torch", "triton", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@contextmanager
+def _compiled_ahead(key: str, device: torch.device) -> Iterator[bool]:
+    """Has kernels compiled side by side, as a worker does at its start; says whether to rehearse inside."""
+    warmer = None
+    if device.type == "cuda":
+        from kernels.cuda import compile as ahead  # Triton is for CUDA alone
+        from kernels.cuda.device import traits
+
+        warmer = ahead.warmer(traits(device).capability, f"logits {key}", len(os.sched_getaffinity(0)))
+    if warmer is None:
+        yield False
+        return
+    with warmer.rehearsal(), torch.inference_mode():
+        yield True
+    for line in warmer.finish(timeout=60):
+        print(f"not compiled ahead: {line}", flush=True)
 
 
 class Model:
@@ -40,19 +65,24 @@ class Model:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         files = open_model(folder, "auto", 0)
         limits = Limits(4, MAX_LEN, 16, MAX_LEN // 16 + 1, MAX_LEN, 1)
-        cache = KVCache(files.config, limits.num_blocks, limits.block_size, dtype, device)
-        self.vocab_size = files.vocab_size
-        self._model = Llama(
-            files.config,
-            files.weights(),
-            cache,
-            dtype=dtype,
-            device=device,
-            vocab_size=files.vocab_size,
-            max_len=MAX_LEN,
-        )
-        self._rows = Rows(limits, device)
-        self._runner = Runner(self._model, cache, self._rows, limits, NUM_BUFFERS)
+        with _compiled_ahead(repr((files.config, dtype, limits)), device) as rehearse:
+            cache = KVCache(files.config, limits.num_blocks, limits.block_size, dtype, device)
+            self.vocab_size = files.vocab_size
+            self._model = Llama(
+                files.config,
+                files.weights(),
+                cache,
+                dtype=dtype,
+                device=device,
+                vocab_size=files.vocab_size,
+                max_len=MAX_LEN,
+            )
+            self._rows = Rows(limits, device)
+            self._runner = Runner(self._model, cache, self._rows, limits, NUM_BUFFERS)
+            if rehearse:
+                for shape in (Shape(1, 1, 1), Shape(1, 512, 1, True, 1, 1)):
+                    self._runner.rehearse(shape)
+                self._runner.rehearse_diff()
         self._stager = Stager(limits, device, NUM_BUFFERS)
         self._seen: list[torch.Tensor] = []
         self._number = 0
@@ -99,9 +129,8 @@ class Model:
 class Errors:
     """What was found over all rows; errors are shares of a row's largest absolute logit."""
 
-    rows: int = 0
-    worst: float = 0.0
-    total: float = 0.0
+    shares: list[float] = field(default_factory=list)
+    """Of each row: prompt after prompt, `1 + NUM_DECODES` rows each, of which the first is the prefill's."""
     other_argmax: int = 0
     """Rows whose best token is another one though its margin exceeds the row's largest error."""
     near_ties: int = 0
@@ -109,25 +138,40 @@ class Errors:
 
     def add(self, got: torch.Tensor, want: torch.Tensor) -> None:
         """Compare [R, V] with [R, V]."""
-        for row, reference in zip(got.double(), want.double(), strict=True):
-            error = (row - reference).abs().max().item()
-            share = error / reference.abs().max().item()
-            self.rows += 1
-            self.worst, self.total = max(self.worst, share), self.total + share
-            if row.argmax() != reference.argmax():
-                best = reference.topk(2).values
-                # Two logits move by the error each.
-                if (best[0] - best[1]).item() > 2 * error:
-                    self.other_argmax += 1
-                else:
-                    self.near_ties += 1
-            if not torch.isfinite(row).all():
-                self.worst = float("inf")
+        got, want = got.double(), want.double()
+        error = (got - want).abs().amax(-1)
+        shares = torch.where(got.isfinite().all(-1), error / want.abs().amax(-1), float("inf"))
+        best = want.topk(2).values
+        differs = got.argmax(-1) != want.argmax(-1)
+        # Two logits move by the error each.
+        clear = best[:, 0] - best[:, 1] > 2 * error
+        self.shares += shares.tolist()
+        self.other_argmax += int((differs & clear).sum())
+        self.near_ties += int((differs & ~clear).sum())
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within its bound and no argmax differs without a near tie."""
-        return self.worst <= MAX_ERROR and not self.other_argmax
+        """Whether every error is within its bound and no argmax differs without a near tie."""
+        return max(self.shares) <= MAX_ERROR and not self.other_argmax
+
+    def figures(self) -> dict[str, Any]:
+        """How the errors are spread over the rows, and where the largest are."""
+        rows = 1 + NUM_DECODES
+        ordered = sorted(self.shares)
+        worst = sorted(range(len(ordered)), key=lambda i: self.shares[i], reverse=True)[:NUM_WORST]
+        return {
+            "max": ordered[-1],
+            "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+            "median": statistics.median(ordered),
+            "mean": statistics.fmean(ordered),
+            "max_of_prefill": max(self.shares[::rows]),
+            "above_bound": sum(share > MAX_ERROR for share in ordered),
+            "worst": [
+                {"prompt": i // rows, "decodes": i % rows, "error": round(self.shares[i], 5)} for i in worst
+            ],
+            "other_argmax": self.other_argmax,
+            "near_ties": self.near_ties,
+        }
 
 
 @torch.inference_mode()
@@ -166,6 +210,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default="", help="what is measured, where git cannot say")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     began = time.perf_counter()
@@ -173,15 +218,13 @@ def main() -> int:
     errors, peer = compare(options.model, prompts, options.dtype, torch.device(options.device))
     row = {
         "workload": "logits",
+        "facts": facts(PACKAGES, options.commit),
         "dtype": options.dtype,
         "prompts": len(prompts),
-        "rows": errors.rows,
-        "worst_error": errors.worst,
-        "mean_error": errors.total / max(errors.rows, 1),
+        "rows": len(errors.shares),
         "bound": MAX_ERROR,
-        "transformers": {"worst_error": peer.worst, "mean_error": peer.total / max(peer.rows, 1)},
-        "other_argmax": errors.other_argmax,
-        "near_ties": errors.near_ties,
+        "errors": errors.figures(),
+        "transformers": peer.figures(),
         "passed": errors.passed,
         "seconds": round(time.perf_counter() - began, 1),
     }

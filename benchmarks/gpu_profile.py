@@ -31,7 +31,7 @@ from gpu_worker.placement import NUM_BUFFERS, place_on_cuda
 from gpu_worker.staging import Stager
 from pagoda.internal.v1 import worker_pb2
 
-CONTEXT = 400
+CONTEXT, ROOM = 400, 200
 NAME_CHARS = 60
 REPEATS = 5
 
@@ -59,45 +59,60 @@ class Bench:
         """Stage a step and queue it."""
         self.runner.run(*self.stager.stage(step))
 
-    def prompts(self, first: int, count: int, length: int) -> worker_pb2.Step:
-        """Whole prompts of one length in the slots from `first` on, each with room for 200 tokens more."""
-        per_row = -(-(length + 200) // self.limits.block_size)
-        rows = [
+    def rows(
+        self, first: int, count: int, length: int, room: int, computed: int = 0
+    ) -> list[worker_pb2.NewRow]:
+        """New rows in the slots from `first` on with blocks for `room` tokens, `computed` of them held to be
+        in the cache already: what lies there does not matter here."""
+        per_row = -(-room // self.limits.block_size)
+        return [
             worker_pb2.NewRow(
                 slot=slot, tokens=[5] * length, num_prompt_tokens=length, last_position=self.limits.max_len,
-                blocks=range(slot * per_row, (slot + 1) * per_row),
+                blocks=range(slot * per_row, (slot + 1) * per_row), num_computed=computed,
             )
             for slot in range(first, first + count)
         ]  # fmt: skip
-        slots = range(first, first + count)
-        return worker_pb2.Step(
-            epoch=1, num_iterations=1, slots=slots, num_tokens=[length] * count, new_rows=rows
-        )
+
+    def decoding(self, count: int, length: int, room: int) -> None:
+        """From no rows to `count` that go on behind `length` tokens."""
+        self.clear()
+        rows = self.rows(0, count, length, room, length - 1)
+        self.run(worker_pb2.Step(epoch=1, num_iterations=1, slots=range(count), new_rows=rows))
+        torch.cuda.synchronize()
 
     def decode(self, count: int) -> dict[str, Any]:
         """One decode iteration of `count` rows behind some `CONTEXT` tokens each."""
-        self.clear()
-        for first in range(0, count, 8):
-            self.run(self.prompts(first, min(8, count - first), CONTEXT))
-            torch.cuda.synchronize()  # more steps than may be in flight must not be queued
+        self.decoding(count, CONTEXT, CONTEXT + ROOM)
         step = worker_pb2.Step(epoch=1, num_iterations=1, slots=range(count))
         return {"case": f"decode {count}", **measure(lambda: self.run(step))}
 
+    def mixed(self, decodes: int, count: int, length: int) -> dict[str, Any]:
+        """`count` whole prompts beside `decodes` rows of one token each, behind `length` tokens."""
+        room = length + ROOM
+        step = worker_pb2.Step(
+            epoch=1, num_iterations=1, slots=range(decodes + count),
+            num_tokens=[1] * decodes + [length] * count, new_rows=self.rows(decodes, count, length, room),
+        )  # fmt: skip
+        case = f"decode {decodes} beside {count} x {length}"
+        return {"case": case, **measure(lambda: self.run(step), lambda: self.decoding(decodes, length, room))}
+
     def prefill(self, count: int, length: int) -> dict[str, Any]:
         """`count` whole prompts in one step."""
+        step = worker_pb2.Step(
+            epoch=1, num_iterations=1, slots=range(count), num_tokens=[length] * count,
+            new_rows=self.rows(0, count, length, length + ROOM),
+        )  # fmt: skip
+        return {"case": f"prefill {count} x {length}", **measure(lambda: self.run(step), self.clear)}
 
-        def once() -> None:
-            self.clear()
-            self.run(self.prompts(0, count, length))
 
-        return {"case": f"prefill {count} x {length}", **measure(once)}
-
-
-def measure(run: Callable[[], None]) -> dict[str, Any]:
-    """Milliseconds on the device and on the host, and the kernels' shares in microseconds."""
+def measure(run: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Milliseconds on the device and on the host, and the kernels' shares in microseconds; `prepare` comes
+    before each run and is not measured."""
+    prepare()
     run()
     times = []
     for _ in range(REPEATS):
+        prepare()
         torch.cuda.synchronize()
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         started = time.perf_counter()
@@ -107,6 +122,8 @@ def measure(run: Callable[[], None]) -> dict[str, Any]:
         host = time.perf_counter() - started
         torch.cuda.synchronize()
         times.append((began.elapsed_time(ended), host * 1e3))
+    prepare()
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
@@ -149,6 +166,7 @@ def main() -> None:
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-7b")
     p.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 64, 256, 512], help="rows")
     p.add_argument("--prompts", nargs="*", default=["1x512", "16x512"], help="how many, and how long")
+    p.add_argument("--mixed", nargs="*", default=["448+7x1024"], help="rows, and prompts beside them")
     p.add_argument("--slots", type=int, default=1024)
     p.add_argument("--batched-tokens", type=int, default=8192)
     p.add_argument("--commit", default="", help="what is measured, where git cannot say")
@@ -163,6 +181,11 @@ def main() -> None:
         for prompt in o.prompts:
             count, length = map(int, prompt.split("x"))
             rows.append(bench.prefill(count, length))
+            show(rows[-1])
+        for mixed in o.mixed:
+            decodes, prompt = mixed.split("+")
+            count, length = map(int, prompt.split("x"))
+            rows.append(bench.mixed(int(decodes), count, length))
             show(rows[-1])
     if o.out:
         result = {"facts": facts(("torch", "triton"), o.commit), "preset": o.preset, "cases": rows}

@@ -20,6 +20,7 @@ PROMPT_LEN, ANSWER_LEN = 512, 256  # of the latency rows
 BATCHES = (1, 8, 64)
 FIXED_PROMPT_LEN, FIXED_ANSWER_LEN = 1024, 128
 MAX_UNKNOWN = 1024  # most tokens of an answer whose length is not known ahead
+WARM_LEN = 64  # most tokens of a prompt, and of an answer, of the mixed load that warms
 STEADY = 0.1  # a warm load's time has settled when it moves by no more than this share
 WARM_LIMIT_S = 45.0
 
@@ -67,10 +68,15 @@ class Load:
 
 
 def warm(engine: Engine, load: Load) -> None:
-    """Run loads of every kind until the time of one no longer falls."""
+    """Run loads of every kind until the time of one no longer falls.
+
+    First all requests of the mixed load at once, cut short, so that every size of batch is met at each
+    temperature; then the same small load again and again.
+    """
     start = time.monotonic()
-    engine.run(sharegpt_like(min(64, load.num_sharegpt), seed=12345), 1.0)
-    engine.run(fixed(load.num_fixed, 64, 8, seed=12347), 1.0)
+    for temperature in load.temperatures:
+        mixed = sharegpt_like(load.num_sharegpt, seed=load.unseen())
+        engine.run([(prompt[:WARM_LEN], min(n, WARM_LEN)) for prompt, n in mixed], temperature)
     before = float("inf")
     while time.monotonic() - start < WARM_LIMIT_S:
         now = engine.run(fixed(min(64, load.num_fixed), PROMPT_LEN, 32, seed=load.unseen()), 0.0).seconds

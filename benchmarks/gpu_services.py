@@ -70,6 +70,10 @@ class Processes:
         """Where a process logs to."""
         return self._folder / f"{name}.log"
 
+    def pid(self, name: str) -> int:
+        """The process id of what was started under this name."""
+        return self._running[name].pid
+
     def tail(self, name: str, num_lines: int = TAIL_LINES) -> str:
         """The last lines of a log, or what it says from its end by a signal on; long lines cut."""
         lines = self.log_path(name).read_text(errors="replace").splitlines()

@@ -12,6 +12,7 @@ come first.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from benchmarks.workload import Request, fixed
 PACKAGES = ("vllm", "torch", "triton", "transformers", "numpy", "flashinfer-python", "nvidia-nccl-cu13")
 ROOT = Path(__file__).resolve().parents[1]
 TAIL_CHARS = 3000
+STOP_S = 10.0  # for a server to end by itself, when all its requests are done
 MEMORY_SHARE = 0.9  # of the device, as Pagoda's worker takes by default
 
 
@@ -101,6 +103,8 @@ class Bench:
             num_fixed=options.num_fixed,
             num_stop_ids=options.num_stop_ids,
             repeat=options.repeat,
+            batches=options.batches,
+            temperatures=options.temperatures,
             say=self.say,
         )
         self.result: dict[str, Any] = {
@@ -149,7 +153,10 @@ class Bench:
         command += ["--host", "127.0.0.1", "--port", port]
         began = time.perf_counter()
         with log.open("wb") as file:
-            server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=folder)
+            # In a group of its own: its engine is a process too, which must not outlive it with the device.
+            server = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=folder, process_group=0
+            )
         try:
             url = f"http://127.0.0.1:{port}"
             self._wait(server, f"{url}/health", log)
@@ -162,11 +169,11 @@ class Bench:
             raise
         finally:
             server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(STOP_S)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
     def _wait(self, server: subprocess.Popen[bytes], url: str, log: Path) -> None:
         import urllib.error
@@ -198,6 +205,9 @@ def main() -> None:
     p.add_argument("--num-requests", type=int, default=1000)
     p.add_argument("--num-fixed", type=int, default=512)
     p.add_argument("--num-stop-ids", type=int, default=760)
+    numbers = lambda of: lambda text: [of(x) for x in text.split(",")]  # noqa: E731
+    p.add_argument("--batches", type=numbers(int), default=[1, 8, 64])
+    p.add_argument("--temperatures", type=numbers(float), default=[0.0, 1.0])
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--port", type=int, default=8000)
     p.add_argument("--ready-s", type=float, default=300)

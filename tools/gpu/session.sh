@@ -8,7 +8,9 @@
 #   serve-PRESET   vLLM's OpenAI server under bench_serve.py                  (needs .peers, .gpu/small)
 #   fa3            the device's ceilings, and FlashAttention 3                (needs .peers)
 #   exactness      SmolLM2 beside transformers, float32 and bf16              (needs .gpu/smol-0 and -1, once each)
+#   logits         its bf16 half alone
 #   start-PRESET   process start to first token, three ways
+#   soak-PRESET    20,000 mixed requests: no leak, integrity at rest; SOAK holds more flags of benchmarks.gpu_soak
 #   table-PRESET   both engines' figures so far, side by side
 #
 # Stages run in the order given; one that fails does not stop the next. JSON and a log of each stage go to $OUT
@@ -76,13 +78,35 @@ fa3() {
   keep "$RESULTS/probe.json" "$RESULTS/fa3.json"
 }
 
+smol() { # the embedded model's folder, and the flags that name it and the prompts
+  SMOL_FLAGS=(--model "$SMOL" --prompts "$GPU_HOME/small/prompts.json" --commit "$COMMIT")
+  python3 -m tools.gpu.join_model "$GPU_HOME"/smol.0 "$GPU_HOME"/smol.1 "$GPU_HOME/small/SHA256SUMS.json" "$SMOL"
+}
+
+logits() {
+  smol || return 1
+  limited 120 python3 -m benchmarks.gpu_logits "${SMOL_FLAGS[@]}" --out "$RESULTS/logits.json"
+  local rc=$?
+  keep "$RESULTS/logits.json"
+  return $rc
+}
+
 exactness() {
-  python3 -m tools.gpu.join_model "$GPU_HOME"/smol.0 "$GPU_HOME"/smol.1 "$GPU_HOME/small/SHA256SUMS.json" "$SMOL" || return 1
-  local rc=0 common=(--model "$SMOL" --prompts "$GPU_HOME/small/prompts.json")
-  limited 300 python3 -m benchmarks.gpu_exactness "${common[@]}" --reference "$RESULTS/reference.json" \
-    --commit "$COMMIT" --out "$RESULTS/exactness.json" || rc=$?
-  limited 120 python3 -m benchmarks.gpu_logits "${common[@]}" --out "$RESULTS/logits.json" || rc=$?
-  keep "$RESULTS/exactness.json" "$RESULTS/logits.json" "$RESULTS/reference.json"
+  smol || return 1
+  local rc=0
+  limited 300 python3 -m benchmarks.gpu_exactness "${SMOL_FLAGS[@]}" --reference "$RESULTS/reference.json" \
+    --out "$RESULTS/exactness.json" || rc=$?
+  logits || rc=$?
+  keep "$RESULTS/exactness.json" "$RESULTS/reference.json"
+  return $rc
+}
+
+soak() { # PRESET
+  # shellcheck disable=SC2086
+  limited 420 python3 -m benchmarks.gpu_soak --preset "qwen2.5-$1" --out "$RESULTS/soak-$1.json" \
+    --logs "$GPU_HOME/logs/soak-$1" --commit "$COMMIT" ${SOAK:-}
+  local rc=$?
+  keep "$RESULTS/soak-$1.json"
   return $rc
 }
 
@@ -90,7 +114,7 @@ stage() {
   local preset=${1##*-}
   local text=(--tokenizer "$GPU_HOME/tokenizer" --peers .peers/bench)
   case $1 in
-  kernels | fa3 | exactness) "$1" ;;
+  kernels | fa3 | exactness | logits) "$1" ;;
   smoke) bench 0.5b smoke --rows latency,sharegpt --batches 1,8 --num-requests 64 --num-fixed 64 --repeat 1 --limit-s 60 ;;
   pagoda-*)
     if [ -d .peers/bench ]; then
@@ -101,6 +125,7 @@ stage() {
     ;;
   vllm-*) vllm "$preset" "vllm-$preset" ;;
   serve-*) vllm "$preset" "vllm-$preset" --rows openai "${text[@]}" ;;
+  soak-*) soak "$preset" ;;
   start-*) bench "$preset" "start-$preset" --rows start --checkpoint ;;
   table-*) python3 -m benchmarks.gpu_bars "qwen2.5-$preset" "$RESULTS"/{pagoda,start}-"$preset".json "$RESULTS/vllm-$preset.json" ;;
   *) echo "no stage $1; see the head of this file" && return 2 ;;
