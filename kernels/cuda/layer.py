@@ -62,17 +62,15 @@ def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple
     """`forward` for any number of rows. Behind the last attention only the wanted ones go on."""
     first, last, tokens = layers[0], layers[-1], hidden.shape[0]
     qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
-    normed, gate_up = _rows(first.o, tokens), _rows(first.gate_up, tokens)
-    activated = _rows(first.down, tokens, inputs=True)
+    normed, gate_up, activated = _feed_forward_rows(first, tokens)
     for layer in layers:
         rms_norm(hidden, layer.input_norm, layer.eps, None, normed)
         wide_linear(normed, layer.qkv, qkv)
         _rotate(layer, qkv, step)
         _attend(layer, qkv, step, attended)
-        if layer is last and step.wanted is not None:
-            tokens = len(step.wanted)
+        if layer is last and step.wanted is not None:  # more than all tokens, where several forks want one
             hidden, attended = hidden.index_select(0, step.wanted), attended.index_select(0, step.wanted)
-            normed, gate_up, activated = normed[:tokens], gate_up[:tokens], activated[:tokens]
+            normed, gate_up, activated = _feed_forward_rows(first, len(step.wanted))
         _add_wide(attended, layer.o, hidden)
         rms_norm(hidden, layer.post_norm, layer.eps, None, normed)
         wide_linear(normed, layer.gate_up, gate_up)
@@ -95,6 +93,11 @@ def _rows(packed: PackedLinear, tokens: int, inputs: bool = False) -> torch.Tens
     """Room for what a projection gives, or takes."""
     width = packed.in_features if inputs else packed.out_features
     return torch.empty(tokens, width, dtype=packed.dtype, device=packed.data.device)
+
+
+def _feed_forward_rows(layer: Layer, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for a norm's result, for gates and ups, and for what they make."""
+    return _rows(layer.o, tokens), _rows(layer.gate_up, tokens), _rows(layer.down, tokens, inputs=True)
 
 
 def _squares(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:

@@ -290,8 +290,8 @@ def exact_states(layers, x):
 
 @pytest.mark.parametrize("kind", ["plain", "biases", "qwen3", "window"])
 @pytest.mark.parametrize("path", ["skinny", "wide"])
-@pytest.mark.parametrize("wanted", [False, True], ids=["all", "wanted"])
-def test_a_stack(wanted, path, kind, data, dtype, monkeypatch):
+@pytest.mark.parametrize("times", [0, 1, 40], ids=["all", "wanted", "wanted by forks"])
+def test_a_stack(times, path, kind, data, dtype, monkeypatch):
     """Two sequences: prompts, a chunk of one while the other decodes, then both decode."""
     monkeypatch.setattr(layer, "forward", getattr(layer, f"forward_{path}"))
     layers = [make_layer(data, dtype, kind) for _ in range(2)]
@@ -304,14 +304,14 @@ def test_a_stack(wanted, path, kind, data, dtype, monkeypatch):
         pieces = [x[p : p + n] for x, p, n in zip(inputs, places, lengths, strict=True)]
         hidden = torch.cat([*pieces, data(1, HIDDEN)]).float()
         expected = torch.cat([x[p : p + n] for x, p, n in zip(exact, places, lengths, strict=True)])
-        if wanted:  # the last token of each row
-            step = replace(step, wanted=step.query_start[1:].long() - 1)
+        if times:  # the last token of each row
+            step = replace(step, wanted=(step.query_start[1:].long() - 1).repeat(times))
             expected = expected[step.wanted]
         step.check(hidden.shape[0], DIM)
         # The interpreter has no CUDA tensors to be dispatched by.
         parts = layer.forward(layers, hidden, step) if interpreted() else stack.forward(hidden, step)
         state = sum(part.double() for part in parts)[: len(expected)]
-        assert len(parts[0]) == len(parts[1]) == len(expected) + (not wanted)
+        assert len(parts[0]) == len(parts[1]) == len(expected) + (not times)
         error = (state - expected).abs().max() / expected.abs().max()
         assert error <= (2e-5 if dtype is torch.float32 else 0.03)
         places = [p + n for p, n in zip(places, lengths, strict=True)]
