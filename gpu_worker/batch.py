@@ -235,9 +235,10 @@ class Padding:
         """The shape of a ragged batch: padded where every part fits, else exact."""
         total = _least(self.chunk_tokens, tokens)
         if total is not None and max(paged, fresh) <= self._most_tiles(total):
-            if rows <= self.lean_rows and not paged and not has_decodes:
+            most = max(rows, samples)  # forks make more samples than there are rows
+            if most <= self.lean_rows and not paged and not has_decodes:
                 return self._lean(total)
-            if (size := _least(self.chunk_rows, rows)) is not None:
+            if (size := _least(self.chunk_rows, most)) is not None:
                 return self._mixed(size, total)
         return Shape(rows, tokens, samples, True, paged, fresh, has_decodes)
 

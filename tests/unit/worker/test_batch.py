@@ -77,6 +77,13 @@ def test_whole_prompts_alone_have_shapes_of_their_own() -> None:
         assert mixed in SHAPES and mixed.paged > 0 and mixed.has_decodes
 
 
+def test_forks_sample_more_than_there_are_rows() -> None:
+    for rows, samples in ((3, 17), (10, 64), (60, 65), (5, 90)):
+        shape = PADDING.chunks(rows, 500, samples, 0, 9, has_decodes=False)
+        assert shape in SHAPES and shape.rows >= rows and shape.samples >= samples
+    assert PADDING.chunks(60, 500, 101, 0, 1).samples == 101
+
+
 def test_every_padded_shape_is_listed() -> None:
     assert len(set(SHAPES)) == len(SHAPES)
     for rows, tokens, has_decodes in ((1, 1, False), (3, 700, False), (40, 500, True), (100, 2048, True)):
