@@ -55,8 +55,8 @@ def milliseconds(bench: Bench, rows: int) -> float:
     """One decode iteration of `rows` rows, from a graph captured now."""
     shape, graphs = bench.runner.padding.decodes(rows), bench.runner.graphs
     assert graphs is not None
-    graphs.forget(shape)
     linear.choose_tile.cache_clear()
+    graphs.capture(shape)
     bench.decoding(rows, CONTEXT, CONTEXT + ROOM)
     # As many iterations as a step may have: what is drawn has room for no more.
     step = worker_pb2.Step(epoch=1, num_iterations=REPLAYS, slots=range(rows))

@@ -7,6 +7,7 @@ everything between the staged block and the drawn tokens. Its inputs are a block
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from gpu_worker.staging import Batch
 
 # Graphs without which a worker is not ready.
 NUM_FIRST = 4
+# A batch whose graph is missing runs without until its shape has come so often: capturing takes several times
+# as long as a step, and under load others wait for it.
+PATIENCE = 3
 
 Compute = Callable[[Inputs], torch.Tensor]
 Draw = Callable[[torch.Tensor, Inputs, Shape], None]
@@ -44,6 +48,7 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         shapes = padding.shapes()
         self._shapes = frozenset(shapes)
+        self._missed: Counter[tuple[Shape, bool]] = Counter()
         size = max((shape.size for shape in shapes), default=0)
         self._block = torch.zeros(size, dtype=torch.int32, device=device)
         # The first are those without which nothing should be served. Then the largest first: what they leave
@@ -63,18 +68,27 @@ class Graphs:
         while self._wanted:
             shape = self._wanted.pop(0)
             if shape not in self._whole:
-                self._whole[shape] = self._capture(shape, with_draw=True)
+                self.capture(shape)
                 return shape
         return None
 
-    def forget(self, shape: Shape) -> None:
-        """Drop the graphs of a shape; its next batch captures it anew."""
-        self._whole.pop(shape, None)
-        self._to_logits.pop(shape, None)
+    def capture(self, shape: Shape) -> None:
+        """Capture a shape now, or anew."""
+        self._whole[shape] = self._capture(shape, with_draw=True)
 
-    def holds(self, batch: Batch) -> bool:
-        """Whether a batch is one that a graph can run."""
-        return batch.shape in self._shapes
+    def takes(self, batch: Batch, is_plain: bool) -> bool:
+        """Whether a graph is to run a batch: it is there, or worth its capture by now.
+
+        Args:
+            batch: staged.
+            is_plain: whether its rows use no more than temperature and seed.
+        """
+        if batch.shape in (self._whole if is_plain else self._to_logits):
+            return True
+        if batch.shape not in self._shapes:
+            return False
+        self._missed[batch.shape, is_plain] += 1
+        return self._missed[batch.shape, is_plain] >= PATIENCE
 
     def load(self, batch: Batch) -> Inputs:
         """Put a batch where the graphs of its shape read it."""

@@ -86,8 +86,9 @@ class Runner:
         self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
-        if self.graphs is not None and batch.forks is None and self.graphs.holds(batch):
-            self._replay(self.graphs, batch, outputs)
+        is_plain = batch.features == Features(any_random=batch.features.any_random)
+        if self.graphs is not None and batch.forks is None and self.graphs.takes(batch, is_plain):
+            self._replay(self.graphs, batch, is_plain, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
@@ -116,9 +117,9 @@ class Runner:
         if batch.num_logprobs:
             self._draw(self._model.logits(*hidden), inputs, batch.features, drawn, outputs)
 
-    def _replay(self, graphs: Graphs, batch: Batch, outputs: StepOutputs) -> None:
+    def _replay(self, graphs: Graphs, batch: Batch, is_plain: bool, outputs: StepOutputs) -> None:
         """The same through a graph, cut before sampling where rows use more than temperature and seed."""
-        if batch.features == Features(any_random=batch.features.any_random):
+        if is_plain:
             graphs.replay(batch)
             return
         inputs = graphs.load(batch)

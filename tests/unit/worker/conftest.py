@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from gpu_worker import graphs
 from gpu_worker.batch import Padding
 from tests.unit.worker import harness
 
@@ -40,8 +41,11 @@ PLACES = ["cpu", "cpu padded", *(["cuda", "cuda graphs"] if torch.cuda.is_availa
 
 @pytest.fixture(params=PLACES)
 def device(
-    tiny: Callable[[str], tuple[transformers.PreTrainedModel, Path]], request: pytest.FixtureRequest
+    tiny: Callable[[str], tuple[transformers.PreTrainedModel, Path]],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> harness.Device:
     """A fresh hand-driven worker with a tiny Llama."""
     place, _, how = request.param.partition(" ")
+    monkeypatch.setattr(graphs, "PATIENCE", 1)
     return harness.Device(tiny("llama")[1], padding=PADDING if how else None, place=torch.device(place))
