@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
-import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +22,7 @@ import torch
 
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_models import PRESETS
+from benchmarks.gpu_watch import Watch
 from kernels.attention import Tiles, cache_shape, make_tiles
 from kernels.cuda import layer as cuda_layer
 from kernels.layer import Layer, Step
@@ -40,33 +39,6 @@ LAYERS = 6  # 2.8 GB, so that weights come from memory
 SETTLING = 0.4  # the share of a case's time that is not counted
 PER_PAUSE = 4  # forwards between two looks at the clock
 FLOPS = 2 * (HIDDEN * WIDTH + HIDDEN * HIDDEN + 3 * HIDDEN * INNER)  # of the products, a token
-
-
-class Meter:
-    """The SM clock, MHz, and the power, W, five times a second."""
-
-    def __init__(self) -> None:
-        self.readings: list[tuple[float, float, float]] = []
-        query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "-lms", "200"]
-        self._process = subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True)
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout or ():
-            clock, power = map(float, line.split(","))
-            self.readings.append((time.monotonic(), clock, power))
-
-    def since(self, start: float) -> tuple[float, float]:
-        """Mean clock and power from then on; NaN where nothing was read."""
-        readings = [reading for reading in self.readings if reading[0] >= start] or [
-            (0.0,) + (float("nan"),) * 2
-        ]
-        return statistics.mean(r[1] for r in readings), statistics.mean(r[2] for r in readings)
-
-    def close(self) -> None:
-        """Stop reading."""
-        self._process.terminate()
-        self._process.wait()
 
 
 def random_layers(tokens: int) -> list[Layer]:
@@ -131,27 +103,26 @@ class Products:
 
 
 def sustained(
-    name: str, run: Callable[[], None], tokens: int, seconds: float, meter: Meter
+    name: str, run: Callable[[], None], tokens: int, seconds: float, watch: Watch
 ) -> dict[str, Any]:
     """Milliseconds a layer, and what the chip did meanwhile."""
     run()  # what is compiled by this is not timed
     torch.cuda.synchronize()
     marks: list[tuple[float, int]] = []
-    start, count = time.monotonic(), 0
-    while time.monotonic() - start < seconds:
+    start, count = time.time(), 0
+    while time.time() - start < seconds:
         for _ in range(PER_PAUSE):
             run()
         torch.cuda.synchronize()
         count += PER_PAUSE
-        marks.append((time.monotonic(), count))
+        marks.append((time.time(), count))
     counted = [mark for mark in marks if mark[0] - start > SETTLING * seconds]
     (began, first), (ended, last) = counted[0], counted[-1]
     ms = 1e3 * (ended - began) / max(1, last - first) / LAYERS
-    clock, power = meter.since(began)
+    clock, power = watch.means([(began, ended)])
     rate = FLOPS * tokens / ms / 1e9 if ms else float("nan")
-    print(
-        f"{name:38} {ms:7.3f} ms a layer, {rate:6.1f} TFLOP/s, {clock:5.0f} MHz, {power:4.0f} W", flush=True
-    )
+    chip = f"{clock:.0f} MHz, {power:.0f} W" if clock and power else "no nvidia-smi"
+    print(f"{name:38} {ms:7.3f} ms a layer, {rate:6.1f} TFLOP/s, {chip}", flush=True)
     return {"case": name, "ms": ms, "tflops": rate, "mhz": clock, "watt": power}
 
 
@@ -163,12 +134,12 @@ def main() -> None:
     p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     p.add_argument("--out", type=Path, help="JSON file")
     o = p.parse_args()
-    meter, rows = Meter(), []
+    rows: list[dict[str, Any]] = []
 
     def case(name: str, run: Callable[[], None]) -> None:
-        rows.append(sustained(name, run, o.tokens, o.seconds, meter))
+        rows.append(sustained(name, run, o.tokens, o.seconds, watch))
 
-    with torch.inference_mode():
+    with torch.inference_mode(), closing(Watch()) as watch:
         layers, step = random_layers(o.tokens), prompts(o.tokens)
         products, hidden = Products(layers, o.tokens), torch.randn(o.tokens, HIDDEN, device="cuda")
 
@@ -184,7 +155,6 @@ def main() -> None:
         for left_out in ("paged_attention", "silu_and_mul", "rms_norm", "rope_and_cache"):
             with mock.patch.object(cuda_layer, left_out, lambda *_: None):
                 case(f"without {left_out}", forward(torch.float32))
-    meter.close()
     if o.out:
         result = {"facts": facts(("torch", "triton"), o.commit), "tokens": o.tokens, "cases": rows}
         o.out.write_text(json.dumps(result, indent=1) + "\n")
