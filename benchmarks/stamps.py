@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_services import ROOT
+from benchmarks.gpu_services import environment
 
 FOLDER = "STAMPS_FOLDER"
 LOOK_EVERY_S, LOOK_FOR_S = 0.05, 60.0
@@ -54,8 +54,8 @@ def stamped() -> Iterator[tuple[Path, dict[str, str]]]:
     """A folder that fills with stamps, and the variables of processes that are to leave some there."""
     with tempfile.TemporaryDirectory(prefix="pagoda-stamps-") as folder:
         Path(folder, "sitecustomize.py").write_text("from benchmarks import stamps\nstamps.watch()\n")
-        path = [folder, str(ROOT), str(ROOT / "clients/python"), os.environ.get("PYTHONPATH", "")]
-        yield Path(folder), {"PYTHONPATH": os.pathsep.join(filter(None, path)), FOLDER: folder}
+        path = folder + os.pathsep + environment({})["PYTHONPATH"]
+        yield Path(folder), {"PYTHONPATH": path, FOLDER: folder}
 
 
 def read(folder: Path) -> list[Stamp]:

@@ -109,6 +109,12 @@ class Step:
     tiles: Tiles | None = None
     wanted: torch.Tensor | None = None
 
+    def select(self, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The wanted tokens' rows of two [T, ...]."""
+        if self.wanted is None:
+            return one, other
+        return one.index_select(0, self.wanted), other.index_select(0, self.wanted)
+
     def check(self, tokens: int, dim: int) -> None:
         """Raises ValueError, naming the attribute, where a shape, type or stride is wrong."""
         rows = self.seq_lens.shape[0]
@@ -218,7 +224,7 @@ class LayerStack:
 
             return layer.forward(self.layers, hidden, step)
         if self._c is None or not hidden.is_cpu:
-            return _select(hidden, forward_reference(self.layers, hidden, step), step)
+            return step.select(hidden, forward_reference(self.layers, hidden, step))
         out = torch.empty_like(hidden)
         c_step = _CStep(
             step.cos_sin.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
@@ -226,13 +232,7 @@ class LayerStack:
             step.block_tables.stride(0), tokens, step.seq_lens.shape[0],
         )  # fmt: skip
         _c_layers()(self._c, len(self._c), ctypes.byref(c_step), hidden.data_ptr(), out.data_ptr())
-        return _select(hidden, out, step)
-
-
-def _select(hidden: torch.Tensor, delta: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-    if step.wanted is None:
-        return hidden, delta
-    return hidden.index_select(0, step.wanted), delta.index_select(0, step.wanted)
+        return step.select(hidden, out)
 
 
 def _c_layer(layer: Layer) -> _CLayer:

@@ -214,7 +214,7 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
         tile = begin + high
         begin = tile
         head += 1
-        # Looked up one by one from here on: with many rows, finding them anew took a tenth of the time.
+        # Looked up one by one from here on: finding them anew takes three sums over all rows.
         if (head == HK) & (tile < stop):
             head = 0
             count = 0

@@ -53,9 +53,7 @@ def forward_skinny(
         if following is not None:
             normed = residual_linear(activated, layer.down, hidden, following.input_norm, normed)
     skinny_linear(activated, layers[-1].down, out)
-    if step.wanted is not None:
-        return hidden.index_select(0, step.wanted), out.index_select(0, step.wanted)
-    return hidden, out
+    return step.select(hidden, out)
 
 
 def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +67,7 @@ def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple
         _rotate(layer, qkv, step)
         _attend(layer, qkv, step, attended)
         if layer is last and step.wanted is not None:  # more than all tokens, where several forks want one
-            hidden, attended = hidden.index_select(0, step.wanted), attended.index_select(0, step.wanted)
+            hidden, attended = step.select(hidden, attended)
             normed, gate_up, activated = _feed_forward_rows(first, len(step.wanted))
         _add_wide(attended, layer.o, hidden)
         rms_norm(hidden, layer.post_norm, layer.eps, None, normed)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_services import ROOT, environment
+
 pytestmark = pytest.mark.timeout(120)
 
-ROOT = Path(__file__).resolve().parents[2]
 WAY = ["begins", "Engine.submit", "Engine._turn", "Rank.post", "WorkerHub._result", "Outbox.deliver", "ends"]
 
 
@@ -19,12 +19,7 @@ def test_every_station_is_met_in_order(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_first_token", "--simulate", "--settle-s", "1"]
     command += ["--repeat", "3", "--worker-args", "--iteration-ms 5", "--logs", str(tmp_path / "logs")]
     command += ["--base", str(tmp_path)]
-    path = os.pathsep.join(
-        filter(None, [str(ROOT), str(ROOT / "clients/python"), os.environ.get("PYTHONPATH")])
-    )
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment({}), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if len(line.split()) >= 3]
     stations = [(float(total), name) for _, total, name in rows if name.split()[-1] == "done" or any(

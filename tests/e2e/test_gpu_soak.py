@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_services import ROOT, environment
+
 pytestmark = pytest.mark.timeout(180)
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     *("--simulate", "--slots", "32", "--blocks", "300", "--at-once", "60"),
     *("--longest-prompt", "300", "--longest-answer", "64", "--cycle", "125"),
@@ -25,12 +25,9 @@ SMALL = [
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.gpu_soak", *SMALL, "--logs", str(folder / "logs")]
     command += ["--out", str(folder / "soak.json"), *flags]
-    path = os.pathsep.join(
-        filter(None, [str(ROOT), str(ROOT / "clients/python"), os.environ.get("PYTHONPATH")])
-    )
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment({}),
     )  # fmt: skip
 
 
