@@ -28,7 +28,7 @@ L2_BYTES = 50 << 20
 SHAPES = ((28, 4, 128), (32, 8, 128), (14, 2, 64))
 DECODE = (
     (1, 512), (1, 4096), (8, 512), (8, 2048), (64, 512), (64, 1024), (64, 4096), (256, 1024), (512, 512),
-    (16, 16384),
+    (16, 16384), (128, 400), (256, 400), (1000, 400), (512, 1088),
 )  # fmt: skip
 # (rows, new tokens of each, tokens of each)
 PREFILL = ((1, 512, 512), (16, 1024, 1024), (4, 4096, 4096), (1, 16384, 16384), (1, 2048, 16384))
@@ -264,7 +264,7 @@ class Report:
 
 def time_decode(report: Report, configs: dict, peer) -> None:
     for heads in SHAPES:
-        pool = Pool(heads, 600_000 if heads[1] < 8 else 300_000)
+        pool = Pool(heads, 1_200_000 if heads[1] < 8 else 600_000)
         for rows, context in DECODE:
             size = 2 * 2 * rows * context * heads[1] * heads[2]
             inputs = [pool.take([(1, context)] * rows) for _ in range(max(2, min(24, 3 * L2_BYTES // size)))]
