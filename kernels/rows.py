@@ -131,7 +131,8 @@ class Gathered:
         token_ids: int32[T].
         positions: int32[T].
         slot_mapping: int64[T]: block id * block size + offset; -1 for what is not to be written.
-        seq_lens: int32[B]: tokens of each row, these included.
+        seq_lens: int32[B]: tokens of each row, these included. From `gather_decodes` on CUDA 0 for a row that
+            is done: attention then has no work for it, nor for the rows that pad a batch.
     """
 
     token_ids: torch.Tensor

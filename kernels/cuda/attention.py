@@ -5,6 +5,10 @@ the time. The context of all rows and kv heads is cut into tiles, the tiles are 
 fixed number of programs (each counts the tiles itself from the lengths on the device), and what a
 program has of a head that it shares with others goes to a workspace, to be combined (flash-decoding, Dao et
 al. 2023). A kv head's group of query heads is one tile of the tensor cores.
+
+A share is counted in units of a tile's time. To begin a head costs some, too: a chain of loads that depend on
+each other, with nothing on its way meanwhile. Counting only tiles, the few programs to which the short rows
+fell (those that pad a batch, say) took twice as long as all others.
 """
 
 import math
@@ -20,6 +24,8 @@ from kernels.cuda import prefill
 from kernels.cuda.device import launch, traits
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+# Up to so many rows most programs begin one head at most.
+FEW_ROWS = 4
 
 
 class DecodeConfig(NamedTuple):
@@ -31,7 +37,8 @@ class DecodeConfig(NamedTuple):
         num_warps: of a program.
         num_stages: depth of the pipeline of loads.
         per_sm: programs for each SM.
-        min_tiles: fewest tiles worth a program.
+        min_tiles: fewest units of a share worth a program.
+        setup: units that beginning a head counts for.
     """
 
     block_m: int = 16
@@ -40,6 +47,7 @@ class DecodeConfig(NamedTuple):
     num_stages: int = 5
     per_sm: int = 2
     min_tiles: int = 2
+    setup: int = 2
 
 
 def paged_attention(
@@ -69,11 +77,12 @@ def paged_attention(
     return out
 
 
-def decode_config(dtype: torch.dtype, dim: int, capability: int) -> DecodeConfig:
-    """The fastest measured for a type, a head size and a device."""
+def decode_config(dtype: torch.dtype, dim: int, capability: int, rows: int) -> DecodeConfig:
+    """The fastest measured for a type, a head size, a device and a number of rows."""
+    setup = 2 if rows > FEW_ROWS else 0
     if dtype is torch.float32 or dim > 128:
-        return DecodeConfig(block_n=32, num_stages=3)
-    return DecodeConfig(num_stages=5 if capability in (80, 90) else 3)
+        return DecodeConfig(block_n=32, num_stages=3, setup=setup)
+    return DecodeConfig(num_stages=5 if capability in (80, 90) else 3, setup=setup)
 
 
 def decode(
@@ -94,12 +103,13 @@ def decode(
     _, num_heads, dim = q.shape
     _, num_kv_heads, block_size, _ = value_cache.shape
     device = traits(q.device)
-    config = config or decode_config(q.dtype, dim, device.capability)
     rows, group = seq_lens.shape[0], num_heads // num_kv_heads
+    config = config or decode_config(q.dtype, dim, device.capability, rows)
     longest = block_tables.shape[1] * block_size
     if sliding_window is not None:
         longest = min(longest, sliding_window + config.block_n)
-    most = rows * num_kv_heads * triton.cdiv(longest, config.block_n * config.min_tiles)
+    units = triton.cdiv(longest, config.block_n) + config.setup
+    most = rows * num_kv_heads * triton.cdiv(units, config.min_tiles)
     programs = min(config.per_sm * device.multiprocessors, most)
     parts = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2 * programs, group, 2), dtype=torch.float32, device=q.device)
@@ -115,8 +125,8 @@ def decode(
         BLOCK_M=max(config.block_m, triton.next_power_of_2(group)), BLOCK_N=config.block_n,
         # Few sizes, since each is compiled.
         BLOCK_B=128 if rows <= 128 else max(1024, triton.next_power_of_2(rows)),
-        BLOCK_SIZE=block_size, MIN_TILES=config.min_tiles, WINDOW=sliding_window is not None,
-        HAS_TABLE_ROWS=table_rows is not None,
+        BLOCK_SIZE=block_size, MIN_TILES=config.min_tiles, SETUP=config.setup,
+        WINDOW=sliding_window is not None, HAS_TABLE_ROWS=table_rows is not None,
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
     summed = (out, parts, stats, begun, query_start, out.stride(0))
@@ -154,13 +164,13 @@ def _row_tiles(row, query_start, seq_lens, window, BLOCK_N: tl.constexpr, RAGGED
 
 
 @triton.jit
-def _find(tile, counts, ends, HK: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The row and the kv head that a tile belongs to, the first tile of that head, and how many it has."""
+def _find(unit, units, ends, HK: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The row and the kv head that a unit belongs to, the first unit of that head, and how many it has."""
     rows = tl.arange(0, BLOCK_B)
-    row = tl.sum((ends <= tile).to(tl.int32))
-    count = tl.sum(tl.where(rows == row, counts, 0))
+    row = tl.sum((ends <= unit).to(tl.int32))
+    count = tl.sum(tl.where(rows == row, units, 0))
     begin = tl.sum(tl.where(rows == row, ends, 0)) - count * HK
-    head = (tile - begin) // tl.maximum(count, 1)  # of a tile behind the last, nothing
+    head = (unit - begin) // tl.maximum(count, 1)  # of a unit behind the last, nothing
     return row, head, begin + head * count, count
 
 
@@ -169,25 +179,27 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
             num_rows, window, q_stride, out_stride, table_stride, scale,
             HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-            MIN_TILES: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
+            MIN_TILES: tl.constexpr, SETUP: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
             HAS_TABLE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program's share of all tiles; the order of tiles is row, kv head, position."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """One program's share of all units; their order is row, kv head, and then SETUP and the head's tiles."""
     pid = tl.program_id(0)
     counts = _tiles(query_start, seq_lens, num_rows, window, BLOCK_B, BLOCK_N, RAGGED, WINDOW)
-    ends = tl.cumsum(counts) * HK
-    total = tl.sum(counts) * HK
+    units = tl.where(counts > 0, counts + SETUP, 0)
+    ends = tl.cumsum(units) * HK
+    total = tl.sum(units) * HK
     share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), MIN_TILES)
-    tile = pid * share
-    stop = tl.minimum(tile + share, total)
+    unit = pid * share
+    stop = tl.minimum(unit + share, total)
     m_range, d_range = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     in_q = (m_range[:, None] < GROUP) & (d_range[None, :] < D)
     unfinished = -1  # the head that this program begins and others finish
-    row, head, begin, count = _find(tile, counts, ends, HK, BLOCK_B)
-    while tile < stop:
-        low, high = tile - begin, tl.minimum(stop - begin, count)
+    row, head, begin, count = _find(unit, units, ends, HK, BLOCK_B)
+    if PDL:  # the kernel in front makes q, k and v; lengths are older
+        gdc_wait()
+        gdc_launch_dependents()
+    while unit < stop:
+        end = tl.minimum(begin + count, stop)
+        low, high = tl.maximum(unit - begin - SETUP, 0), tl.maximum(end - begin - SETUP, 0)  # of its tiles
         length = tl.load(seq_lens + row)
         first = tl.maximum(length - window, 0) // BLOCK_N if WINDOW else 0
         query = tl.load(query_start + row) if RAGGED else row
@@ -197,10 +209,10 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
         acc, best, norm = _attend(
             queries, key_cache, value_cache, table, head, first + low, first + high, length, window,
             scale * LOG2_E, HK, D, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_SIZE, WINDOW)  # fmt: skip
-        if (low == 0) & (high == count):
+        if (low == 0) & (end == begin + count):
             result = (acc / norm[:, None]).to(out.dtype.element_ty)
             tl.store(out + query.to(tl.int64) * out_stride + heads, result, mask=in_q)
-        else:
+        elif low < high:  # else the share ends before the first tile, and others do all
             # A program's last head, if others go on with it, has the odd slot; its first has the even one.
             slot = 2 * pid + (low == 0).to(tl.int32)
             if low == 0:
@@ -211,16 +223,17 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
             stat = stats + (slot * GROUP + m_range) * 2
             tl.store(stat, best, mask=m_range < GROUP)
             tl.store(stat + 1, norm, mask=m_range < GROUP)
-        tile = begin + high
-        begin = tile
+        unit = end
+        begin = end
         head += 1
         # Looked up one by one from here on: finding them anew takes three sums over all rows.
-        if (head == HK) & (tile < stop):
+        if (head == HK) & (unit < stop):
             head = 0
-            count = 0
-            while count == 0:
+            tiles = 0
+            while tiles == 0:
                 row += 1
-                count = _row_tiles(row, query_start, seq_lens, window, BLOCK_N, RAGGED, WINDOW)
+                tiles = _row_tiles(row, query_start, seq_lens, window, BLOCK_N, RAGGED, WINDOW)
+            count = tiles + SETUP
     tl.store(begun + 2 * pid, unfinished)
 
 

@@ -123,7 +123,7 @@ def _gather_decodes_kernel(
     place = tl.where(live, block * BLOCK_SIZE + start % BLOCK_SIZE, -1)
     tl.store(slot_mapping + row, place, mask=inside)
     tl.store(positions + row, start, mask=inside)
-    tl.store(seq_lens + row, start + 1, mask=inside)
+    tl.store(seq_lens + row, tl.where(live, start + 1, 0), mask=inside)
 
 
 def gather_decodes(state: RowState, slots: torch.Tensor, iteration: torch.Tensor) -> Gathered:

@@ -133,11 +133,17 @@ def test_decodes(shape, dtype, batch, near):
     near(b.run(ragged=False), b.exact())
 
 
-@pytest.mark.parametrize("min_tiles, per_sm", [(1, 1), (1, 16), (3, 2), (100, 1)])
+# In units of a share: shares that end within a head's setup, right behind it, and long after.
+DIVISIONS = [(1, 1, 1), (1, 16, 1), (1, 16, 3), (2, 16, 2), (100, 1, 0)]
+
+
+@pytest.mark.parametrize("min_tiles, per_sm, setup", DIVISIONS)
 @pytest.mark.parametrize("block_n", [16, 128])
-def test_every_division_of_the_work_gives_the_same(min_tiles, per_sm, block_n, dtype, batch, near):
+def test_every_division_of_the_work_gives_the_same(min_tiles, per_sm, setup, block_n, dtype, batch, near):
     b = batch((6, 2, 64, 16), DECODES, dtype)
-    config = attention.DecodeConfig(block_n=block_n, num_stages=2, min_tiles=min_tiles, per_sm=per_sm)
+    config = attention.DecodeConfig(
+        block_n=block_n, num_stages=2, min_tiles=min_tiles, per_sm=per_sm, setup=setup
+    )
     near(b.decode(config), b.exact())
 
 
@@ -211,6 +217,19 @@ def test_padding_rows_of_a_decode_graph_touch_nothing(dtype, batch, near):
     b = batch((6, 2, 64, 16), [(1, 90), (1, 1), (1, 1)], dtype)
     b.block_tables[b.table_rows[1:]] = 0  # the dummy slot's blocks hold anything
     near(b.run(ragged=False)[:1], b.exact()[:1])
+    b.seq_lens[1:] = 0  # or has no length at all
+    b.block_tables[b.table_rows[1:]] = HUGE
+    result = b.run(ragged=False)
+    near(result[:1], b.exact()[:1])
+    assert result[1:].isnan().all()
+
+
+def test_rows_without_length_lie_anywhere_among_others(dtype, batch, near):
+    rows = [(1, 1), (1, 90), (1, 1), (1, 1), (1, 300), (1, 2), (1, 1)]
+    b = batch((6, 2, 64, 16), rows, dtype)
+    b.seq_lens[torch.tensor([0, 2, 3, 6])] = 0
+    there = torch.tensor([1, 4, 5])
+    near(b.run(ragged=False)[there], b.exact()[there])
 
 
 def test_the_reference_takes_table_rows(batch, close):
@@ -242,7 +261,7 @@ WINDOWED = VARIANTS[1]
 
 def decode_case(shape, dtype, arch, ragged, window):
     heads, kv_heads, dim = shape
-    config = attention.decode_config(dtype, dim, arch)
+    config = attention.decode_config(dtype, dim, arch, rows=64)
     kind = "*fp32" if dtype is torch.float32 else "*bf16"
     common = dict(
         HK=kv_heads, GROUP=heads // kv_heads, D=dim, BLOCK_D=max(64, 1 << (dim - 1).bit_length()),
@@ -252,7 +271,8 @@ def decode_case(shape, dtype, arch, ragged, window):
     pointers |= {"parts": "*fp32", "stats": "*fp32", "table_rows": "*i64"}
     pointers |= dict.fromkeys(("begun", "tables", "query_start", "seq_lens"), "*i32")
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=arch >= 90)
-    cut = dict(BLOCK_M=16, BLOCK_N=config.block_n, BLOCK_B=128, BLOCK_SIZE=16, MIN_TILES=2, WINDOW=window)
+    cut = dict(BLOCK_M=16, BLOCK_N=config.block_n, BLOCK_B=128, BLOCK_SIZE=16, WINDOW=window)
+    cut |= dict(MIN_TILES=config.min_tiles, SETUP=config.setup)
     yield (
         attention._decode,
         pointers | dict.fromkeys(INTEGERS, "i32") | {"scale": "fp32"},
