@@ -24,6 +24,9 @@ class SchedulerSettings(ServiceSettings):
     max_batched_tokens: int = Field(
         8192, ge=1, description="Token budget of one iteration; a worker's own limit holds, too."
     )
+    stall_ms: float = Field(
+        20.0, ge=0, description="How long prompts may make running streams wait for a step; 0 is no limit."
+    )
     max_waiting: int = Field(4096, ge=1, description="Requests that may wait; more are refused.")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that begin alike.")
     record: Path | None = Field(None, description="Write every event and plan to this file, for replay.")
@@ -39,5 +42,6 @@ class SchedulerSettings(ServiceSettings):
             max_inflight=self.max_inflight,
             horizon_us=int(self.horizon_ms * 1000),
             max_batched_tokens=self.max_batched_tokens,
+            stall_us=int(self.stall_ms * 1000),
             prefix_cache=self.prefix_cache,
         )

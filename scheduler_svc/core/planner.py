@@ -1,8 +1,9 @@
 """The policy of one step: who runs, on which blocks, for how many iterations.
 
 Read `make_plan` from top to bottom. Decodes come first, so that a long prompt never stalls a stream;
-prompts in prefill share what is left of the token budget; then the queue is admitted in order. Only
-when a step holds nothing but decodes may it look further ahead than one iteration.
+prompts in prefill share what is left of the token budget, less while streams would wait for them too long;
+then the queue is admitted in order. Only when a step holds nothing but decodes may it look further ahead
+than one iteration.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     if not (decodes.size or worker.prefilling or worker.gathering or worker.queue):
         worker.blocked = ""
         return None
-    step = _Step(worker, stats, now, decodes)
+    step = _Step(worker, stats, now, decodes, worker.prompt_budget(len(decodes), config.stall_us))
     if decodes.size:
         step.decode(1)
     step.continue_prefills()
@@ -90,12 +91,13 @@ def _preempt(worker: Worker, group: Group, stats: Stats) -> None:
 class _Step:
     """One plan in the making, and the record of it that its answer is read through."""
 
-    def __init__(self, worker: Worker, stats: Stats, now: float, decodes: Column) -> None:
+    def __init__(self, worker: Worker, stats: Stats, now: float, decodes: Column, budget: int) -> None:
+        """`budget`: how many tokens of prompts there may be beside the decodes."""
         self.worker = worker
         self.stats = stats
         self.now = now
         self.decodes = decodes
-        self.budget = worker.budget - len(decodes)
+        self.budget = budget
         step_id = worker.next_step
         self.plan = Plan(
             worker.name, worker.epoch, step_id, 1, [], [], [], [], [], [], [], [], [], decodes.tolist(), []
@@ -344,6 +346,7 @@ class _Step:
             # Hits from the next step on: this one's admissions are over.
             worker.index_blocks(sequence, min(int(rows.scheduled[sequence.slot]), len(sequence.tokens)))
         plan.released_slots, worker.released = worker.released, []
+        self.flight.num_tokens = sum(plan.num_tokens) or len(plan.slots)
         worker.next_step += 1
         worker.inflight.append(self.flight)
         return plan

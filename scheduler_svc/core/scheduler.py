@@ -222,9 +222,8 @@ class Scheduler:
         flight = worker.inflight.popleft()
         assert flight.step_id == event.step_id, f"step {event.step_id} answered, {flight.step_id} awaited"
         worker.confirmed_step = event.step_id
-        if flight.only_decodes and event.device_us:
-            taken = event.device_us / flight.num_iterations
-            worker.iteration_us += (taken - worker.iteration_us) * (0.2 if worker.iteration_us else 1.0)
+        if event.device_us:
+            worker.took(flight, event.device_us)
         for sequence in flight.first:
             if sequence.group.first_token is None:
                 sequence.group.first_token = now

@@ -23,7 +23,12 @@ class Flight:
     num_iterations: int
     sampling: list[Sequence]
     first: list[Sequence] = field(default_factory=list)  # whose token follows a prefill
+    num_tokens: int = 0  # of one iteration
     only_decodes: bool = True
+
+
+# From so many tokens on a step's time goes by their number; a step of fewer leaves the device half idle.
+BUSY_TOKENS = 512
 
 
 class Worker:
@@ -54,8 +59,28 @@ class Worker:
         self.next_step = 0
         self.confirmed_step = -1
         self.iteration_us = 0.0  # moving average over steps of decodes
+        self.token_us = 0.0  # the same for each token of steps that are long enough to tell
         self.horizon = 1
         self.blocked = ""  # why the head of the queue is not admitted
+
+    # --------------------------------------------------------------------------------------- times
+
+    def took(self, flight: Flight, device_us: int) -> None:
+        """Learn from the time that a step took on the device."""
+        if flight.only_decodes:
+            self.iteration_us = _average(self.iteration_us, device_us / flight.num_iterations)
+        if flight.num_tokens >= BUSY_TOKENS:
+            self.token_us = _average(self.token_us, device_us / (flight.num_tokens * flight.num_iterations))
+
+    def prompt_budget(self, num_decodes: int, stall_us: int) -> int:
+        """Tokens of prompts that a step may hold beside so many decodes, such that it takes `stall_us`.
+
+        Without decodes nobody waits for the step, and before any long step nobody knows its time.
+        """
+        budget = self.budget
+        if num_decodes and stall_us and self.token_us:
+            budget = min(budget, max(int(stall_us / self.token_us), num_decodes + BUSY_TOKENS // 2))
+        return budget - num_decodes
 
     # ------------------------------------------------------------------------------ rows and blocks
 
@@ -172,3 +197,8 @@ class Worker:
                     refs[block] += 1
         assert used + self.rows.num_free == self.rows.max_slots, "slots were lost"
         self.allocator.check_integrity(refs)
+
+
+def _average(known: float, new: float) -> float:
+    """The moving average after a new value; 0 stands for none before."""
+    return known + (new - known) * (0.2 if known else 1.0)
