@@ -9,6 +9,9 @@ from gpu_worker.models.loader import WeightSource
 from kernels.layer import Layer
 from kernels.linear import PackedLinear, pack
 
+# A matrix over the vocabulary has a multiple of so many rows on CUDA.
+WHOLE_ROWS = 64
+
 
 class LayerLoader:
     """Takes tensors from a source and puts them into the kernels' layout, one layer at a time."""
@@ -23,8 +26,18 @@ class LayerLoader:
         return self._weights.take(name, shape).to(self._device, self._dtype)
 
     def matrix(self, name: str, num_rows: int, num_columns: int, keep: int) -> PackedLinear:
-        """The first `keep` rows of a matrix over the vocabulary; products with it are float32 logits."""
-        return _packed(self._stacked({name: num_rows}, num_columns)[:keep], None, torch.float32)
+        """The first `keep` rows of a matrix over the vocabulary; products with it are float32 logits.
+
+        On CUDA there are rows behind them, the table's and zeros, that make whole tiles: an odd number of
+        outputs costs the vendor's library several times as long.
+        """
+        if self._device.type == "cpu":
+            return _packed(self._stacked({name: num_rows}, num_columns)[:keep], None, torch.float32)
+        whole = -(-num_rows // WHOLE_ROWS) * WHOLE_ROWS
+        out = torch.empty(whole, num_columns, dtype=self._dtype, device=self._device)
+        self._weights.fill(name, out[:num_rows])
+        out[num_rows:].zero_()
+        return _packed(out, None, torch.float32)
 
     def layer(self, index: int, caches: tuple[torch.Tensor, torch.Tensor]) -> Layer:
         """One layer over its keys and values, q, k and v in one matrix, gate and up in another."""

@@ -37,7 +37,7 @@ class Llama:
             cache: keys and values of every layer.
             dtype: of weights and activations; logits are float32.
             device: where to run.
-            vocab_size: rows of the embedding to keep; what lies beyond is padding that nothing may sample.
+            vocab_size: ids that there are; what the tables hold beyond is padding that nothing may sample.
             max_len: positions to prepare rotations for.
 
         Raises:
@@ -74,5 +74,5 @@ class Llama:
         return self._layers.forward(hidden, step)
 
     def logits(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """float32[R, vocab_size] of R tokens' states as `forward` returns them; `hidden` is used up."""
+        """float32[R, V >= vocab_size] of R tokens' states as `forward` returns them; `hidden` is used up."""
         return linear(rms_norm(delta, self._norm, self.config.rms_eps, residual=hidden), self._head)

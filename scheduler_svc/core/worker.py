@@ -27,8 +27,8 @@ class Flight:
     only_decodes: bool = True
 
 
-# From so many tokens on a step's time goes by their number; a step of fewer leaves the device half idle.
-BUSY_TOKENS = 512
+# From so many tokens on a step's time goes by their number; of fewer each would take longer.
+BUSY_TOKENS = 1024
 
 
 class Worker:
@@ -75,11 +75,13 @@ class Worker:
     def prompt_budget(self, num_decodes: int, stall_us: int) -> int:
         """Tokens of prompts that a step may hold beside so many decodes, such that it takes `stall_us`.
 
-        Without decodes nobody waits for the step, and before any long step nobody knows its time.
+        Without decodes nobody waits for the step, and before any long step nobody knows its time. No step is
+        made so short that the device would not be busy, and none leaves less than half of that to prompts.
         """
         budget = self.budget
         if num_decodes and stall_us and self.token_us:
-            budget = min(budget, max(int(stall_us / self.token_us), num_decodes + BUSY_TOKENS // 2))
+            fewest = max(BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
+            budget = min(budget, max(int(stall_us / self.token_us), fewest))
         return budget - num_decodes
 
     # ------------------------------------------------------------------------------ rows and blocks

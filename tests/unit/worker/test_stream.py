@@ -167,3 +167,25 @@ def test_a_device_gets_the_layers_that_the_cpu_gets(tiny, kind):
             assert torch.equal(a.weight(), b.data.cpu())
             assert (a.bias is None) == (b.bias is None)
             assert a.bias is None or torch.equal(a.bias, b.bias.cpu())
+
+
+class Asked:
+    """A source that notes which shapes it is to fill."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        self.shapes[name] = tuple(out.shape)
+
+
+def test_a_vocabulary_has_whole_tiles_on_a_device_and_only_its_own_ids_on_a_cpu(tiny):
+    files = open_model(tiny("llama")[1], "dummy", 0)
+    asked = Asked()
+    load = LayerLoader(files.config, asked, torch.bfloat16, torch.device("meta"))
+    assert load.matrix("lm_head.weight", 32_001, 64, keep=31_999).out_features == 32_064
+    assert asked.shapes == {"lm_head.weight": (32_001, 64)}
+    config = files.config
+    load = LayerLoader(config, files.weights(), torch.bfloat16, torch.device("cpu"))
+    rows = config.vocab_size
+    assert load.matrix("lm_head.weight", rows, config.hidden_size, keep=rows - 5).out_features == rows - 5
