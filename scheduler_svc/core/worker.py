@@ -29,6 +29,10 @@ class Flight:
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
 BUSY_TOKENS = 1024
+# Tokens that matrix products take together: a step of one more takes as long as one of so many more.
+TILE_TOKENS = 128
+# Streams wait for prompts no longer than this share of the time that all prompts in the queue will take.
+QUEUE_SHARE = 1 / 64
 
 
 class Worker:
@@ -75,13 +79,15 @@ class Worker:
     def prompt_budget(self, num_decodes: int, stall_us: int) -> int:
         """Tokens of prompts that a step may hold beside so many decodes, such that it takes `stall_us`.
 
-        Without decodes nobody waits for the step, and before any long step nobody knows its time. No step is
-        made so short that the device would not be busy, and none leaves less than half of that to prompts.
+        Longer while so many prompts wait that their first tokens matter more than a pause between others, and
+        never so short that the device would not be busy. Without decodes nobody waits for the step; before
+        any long step nobody knows its time.
         """
         budget = self.budget
         if num_decodes and stall_us and self.token_us:
-            fewest = max(BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
-            budget = min(budget, max(int(stall_us / self.token_us), fewest))
+            tokens = max(int(stall_us / self.token_us), int(self.queue.num_tokens * QUEUE_SHARE))
+            tokens = max(tokens, BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
+            budget = min(budget, tokens // TILE_TOKENS * TILE_TOKENS)
         return budget - num_decodes
 
     # ------------------------------------------------------------------------------ rows and blocks

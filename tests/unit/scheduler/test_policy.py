@@ -182,7 +182,7 @@ def prompt_tokens(plan: Plan) -> int:
 def test_prompts_beside_decodes_take_no_longer_than_streams_may_wait() -> None:
     long = [1] * 5000
     sizes = {"num_blocks": 4000, "max_batched_tokens": 4000, "max_slots": 8}
-    for stall_us, after in ((30_000, 1499), (1_000, 1023), (100_000, 3999), (0, 3999)):
+    for stall_us, after in ((30_000, 1407), (1_000, 1023), (100_000, 3999), (0, 3999)):
         bench = Bench(CoreConfig(stall_us=stall_us, max_inflight=1, prefix_cache=False), **sizes)
         bench.core.workers["w"].max_model_len = 8000
         stream = bench.arrive([1] * 1900, max_tokens=90)
@@ -191,6 +191,24 @@ def test_prompts_beside_decodes_take_no_longer_than_streams_may_wait() -> None:
         bench.arrive(long)
         plan = bench.must_plan()
         assert plan.slots[0] == bench.slot(stream) and prompt_tokens(plan) == after
+
+
+def test_steps_grow_with_the_prompts_that_wait() -> None:
+    sizes = {"num_blocks": 99_999, "max_batched_tokens": 8000, "max_slots": 99}
+    bench = Bench(CoreConfig(stall_us=1_000, max_inflight=1, prefix_cache=False), **sizes)
+    worker = bench.core.workers["w"]
+    worker.max_model_len = 8000
+    bench.arrive([1] * 1900, max_tokens=90)
+    bench.must_plan()
+    bench.answer(device_us=38_000)
+    waiting = [bench.arrive([1] * 7000) for _ in range(20)]
+    assert worker.queue.num_tokens == 140_000
+    assert prompt_tokens(bench.must_plan()) == 140_000 // 64 // 128 * 128 - 1
+    assert worker.queue.num_tokens == 133_000  # one was admitted
+    bench.apply(RequestStopped(key=waiting[5], index=None, reason=Finish.CANCELLED))
+    assert worker.queue.num_tokens == 126_000
+    bench.apply(WorkerLost(worker="w"))
+    assert worker.queue.num_tokens == 0
 
 
 def test_short_steps_do_not_tell_what_a_token_takes() -> None:
