@@ -29,10 +29,8 @@ class Flight:
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
 BUSY_TOKENS = 1024
-# Tokens that matrix products take together: a step of one more takes as long as one of so many more.
-TILE_TOKENS = 128
 # Streams wait for prompts no longer than this share of the time that all prompts in the queue will take.
-QUEUE_SHARE = 1 / 64
+QUEUE_SHARE = 1 / 32
 
 
 class Worker:
@@ -87,7 +85,9 @@ class Worker:
         if num_decodes and stall_us and self.token_us:
             tokens = max(int(stall_us / self.token_us), int(self.queue.num_tokens * QUEUE_SHARE))
             tokens = max(tokens, BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
-            budget = min(budget, tokens // TILE_TOKENS * TILE_TOKENS)
+            # In eighths of a power of two, as workers pad batches: there one token more may cost many.
+            eighth = 1 << tokens.bit_length() - 4
+            budget = min(budget, tokens // eighth * eighth)
         return budget - num_decodes
 
     # ------------------------------------------------------------------------------ rows and blocks

@@ -203,7 +203,7 @@ def test_steps_grow_with_the_prompts_that_wait() -> None:
     bench.answer(device_us=38_000)
     waiting = [bench.arrive([1] * 7000) for _ in range(20)]
     assert worker.queue.num_tokens == 140_000
-    assert prompt_tokens(bench.must_plan()) == 140_000 // 64 // 128 * 128 - 1
+    assert prompt_tokens(bench.must_plan()) == 4096 - 1  # 140,000 / 32 = 4,375, less than 4,608
     assert worker.queue.num_tokens == 133_000  # one was admitted
     bench.apply(RequestStopped(key=waiting[5], index=None, reason=Finish.CANCELLED))
     assert worker.queue.num_tokens == 126_000
