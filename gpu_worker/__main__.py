@@ -47,13 +47,6 @@ def wake_device() -> None:
     threading.Thread(target=work, name="wake-device", daemon=True).start()
 
 
-def let_segments_grow() -> None:
-    """Have torch's allocator use freed memory for whatever size comes next. Batches of prompts come in so
-    many sizes that segments for each would fill the device. Before torch is imported; what is set stays."""
-    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-
-
 def main() -> int:
     """Run the worker; returns the exit code."""
     if (reason := check_kernels()) is not None:
@@ -64,7 +57,6 @@ def main() -> int:
     settings = WorkerSettings.load()
     if settings.device == "cuda":
         wake_device()
-        let_segments_grow()
     from gpu_worker.start import StartError, Worker, build
     from pagoda import logs
 

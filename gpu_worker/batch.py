@@ -216,7 +216,7 @@ class Padding:
         rows = [1, 2, 4, *_sizes(*steps)]
         # A token that pads costs what any other does, and what lies beyond keeps the device busy for longer
         # than the host needs to launch it.
-        tokens = _sizes((64, 512, 64), (512, 2048, 128), (2048, 4097, 256))
+        tokens = _sizes((64, 512, 64), (512, 2048, 128), (2048, 4097, 512))
         return cls(
             rows=(*(size for size in rows if size < max_slots), max_slots),
             chunk_rows=tuple(sorted({min(size, max_slots) for size in (64, 256)})),

@@ -23,7 +23,7 @@ NUM_FIRST = 4
 # as long as a step, and under load others wait for it.
 PATIENCE = 3
 
-Compute = Callable[[Inputs], torch.Tensor]
+Compute = Callable[[Inputs, torch.Tensor], torch.Tensor]
 Draw = Callable[[torch.Tensor, Inputs, Shape], None]
 
 
@@ -35,13 +35,19 @@ class _Captured:
 
 
 class Graphs:
-    """Captured iterations by shape, sharing one pool of memory and one block of inputs."""
+    """Captured iterations by shape, sharing one pool of memory, one block of inputs and one of logits."""
 
     def __init__(
-        self, compute: Compute, draw: Draw, rows: Rows, padding: Padding, device: torch.device
+        self,
+        compute: Compute,
+        draw: Draw,
+        rows: Rows,
+        padding: Padding,
+        num_logits: int,
+        device: torch.device,
     ) -> None:
-        """`compute` goes from inputs to logits; `draw` samples from them where no row asks for more than a
-        temperature and a seed; `padding` says which shapes will come."""
+        """`compute` goes from inputs to logits, `num_logits` of a row; `draw` samples from them where no row
+        asks for more than a temperature and a seed; `padding` says which shapes will come."""
         self._compute, self._draw, self._rows = compute, draw, rows
         self._whole: dict[Shape, _Captured] = {}
         self._to_logits: dict[Shape, _Captured] = {}
@@ -51,6 +57,9 @@ class Graphs:
         self._missed: Counter[tuple[Shape, bool]] = Counter()
         size = max((shape.size for shape in shapes), default=0)
         self._block = torch.zeros(size, dtype=torch.int32, device=device)
+        # Were each graph's its own, those of a hundred graphs would take as much memory as a model.
+        most = max((shape.samples for shape in shapes), default=0)
+        self._logits = torch.empty(most, num_logits, dtype=torch.float32, device=device)
         # The first are those without which nothing should be served. Then the largest first: what they leave
         # in the pool, the smaller ones use again.
         self._wanted = [
@@ -121,7 +130,7 @@ class Graphs:
         inputs = unpack(block, shape, rows.iota)
 
         def iteration() -> torch.Tensor:
-            logits = self._compute(inputs)
+            logits = self._compute(inputs, self._logits[: shape.samples])
             if with_draw:
                 self._draw(logits, inputs, shape)
             return logits

@@ -61,7 +61,9 @@ class Runner:
         self.padding = padding or Padding()
         self.graphs: Graphs | None = None
         if padding is not None:
-            self.graphs = Graphs(self._compute, self._draw_plainly, rows, self.padding, device)
+            self.graphs = Graphs(
+                self._compute, self._draw_plainly, rows, self.padding, model.num_logits, device
+            )
 
     def capture_first(self) -> None:
         """Capture the graphs without which nothing should be served."""
@@ -132,9 +134,9 @@ class Runner:
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._model.forward(*self._rows.gather(inputs, self._model.rotations, table_width))
 
-    def _compute(self, inputs: Inputs) -> torch.Tensor:
-        """Inputs to logits: what a graph captures."""
-        return self._model.logits(*self._forward(inputs, self._rows.state.block_tables.shape[1]))
+    def _compute(self, inputs: Inputs, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Inputs to logits, `out` where given: what a graph captures."""
+        return self._model.logits(*self._forward(inputs, self._rows.state.block_tables.shape[1]), out)
 
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""

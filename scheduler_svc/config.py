@@ -25,7 +25,7 @@ class SchedulerSettings(ServiceSettings):
         8192, ge=1, description="Token budget of one iteration; a worker's own limit holds, too."
     )
     stall_ms: float = Field(
-        20.0, ge=0, description="How long prompts may make running streams wait for a step; 0 is no limit."
+        0.0, ge=0, description="How long prompts may make running streams wait for a step; 0 is no limit."
     )
     max_waiting: int = Field(4096, ge=1, description="Requests that may wait; more are refused.")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that begin alike.")

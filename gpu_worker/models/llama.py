@@ -73,6 +73,14 @@ class Llama:
         hidden = embedding(token_ids, self._embed).to(self._layers.residual_dtype)
         return self._layers.forward(hidden, step)
 
-    def logits(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """float32[R, V >= vocab_size] of R tokens' states as `forward` returns them; `hidden` is used up."""
-        return linear(rms_norm(delta, self._norm, self.config.rms_eps, residual=hidden), self._head)
+    @property
+    def num_logits(self) -> int:
+        """Of a token: at least vocab_size."""
+        return self._head.out_features
+
+    def logits(
+        self, hidden: torch.Tensor, delta: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """float32[R, num_logits] of R tokens' states as `forward` returns them; `hidden` is used up. Written
+        to `out` where given."""
+        return linear(rms_norm(delta, self._norm, self.config.rms_eps, residual=hidden), self._head, out)

@@ -15,7 +15,6 @@ class WaitingQueue:
         self._owner = owner
         self._heap: list[tuple[tuple[int, int], Group]] = []
         self._size = 0
-        self.num_tokens = 0  # of the prompts that wait
 
     def __len__(self) -> int:
         return self._size
@@ -25,7 +24,6 @@ class WaitingQueue:
         group.state = State.WAITING
         group.worker = self._owner
         self._size += 1
-        self.num_tokens += group.num_prompt
         heapq.heappush(self._heap, (group.rank, group))
 
     def peek(self) -> Group | None:
@@ -36,15 +34,12 @@ class WaitingQueue:
 
     def pop(self) -> Group:
         """Take the group that `peek` shows."""
-        group = heapq.heappop(self._heap)[1]
         self._size -= 1
-        self.num_tokens -= group.num_prompt
-        return group
+        return heapq.heappop(self._heap)[1]
 
     def leave(self, group: Group) -> None:
         """`group`, which waits here, has ended; its state says so."""
         self._size -= 1
-        self.num_tokens -= group.num_prompt
         if len(self._heap) > 64 and self._size < len(self._heap) // 2:
             self._heap = [entry for entry in self._heap if self._waits(entry[1]) and entry[1] is not group]
             heapq.heapify(self._heap)
@@ -57,7 +52,6 @@ class WaitingQueue:
         heapq.heapify(self._heap)
         for group in taken:
             group.state = State.NEW
-            self.num_tokens -= group.num_prompt
         return taken
 
     def _waits(self, group: Group) -> bool:

@@ -29,8 +29,6 @@ class Flight:
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
 BUSY_TOKENS = 1024
-# Streams wait for prompts no longer than this share of the time that all prompts in the queue will take.
-QUEUE_SHARE = 1 / 32
 
 
 class Worker:
@@ -75,17 +73,14 @@ class Worker:
             self.token_us = _average(self.token_us, device_us / (flight.num_tokens * flight.num_iterations))
 
     def prompt_budget(self, num_decodes: int, stall_us: int) -> int:
-        """Tokens of prompts that a step may hold beside so many decodes, such that it takes `stall_us`.
-
-        Longer while so many prompts wait that their first tokens matter more than a pause between others, and
-        never so short that the device would not be busy. Without decodes nobody waits for the step; before
-        any long step nobody knows its time.
+        """Tokens of prompts that a step may hold beside so many decodes, such that it takes `stall_us`, but
+        never so few that the device would not be busy. Without decodes nobody waits for the step; before any
+        long step nobody knows its time.
         """
         budget = self.budget
         if num_decodes and stall_us and self.token_us:
-            tokens = max(int(stall_us / self.token_us), int(self.queue.num_tokens * QUEUE_SHARE))
-            tokens = max(tokens, BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
-            # In eighths of a power of two, as workers pad batches: there one token more may cost many.
+            tokens = max(int(stall_us / self.token_us), BUSY_TOKENS, num_decodes + BUSY_TOKENS // 2)
+            # In eighths of a power of two, about as workers pad batches: there one token more may cost many.
             eighth = 1 << tokens.bit_length() - 4
             budget = min(budget, tokens // eighth * eighth)
         return budget - num_decodes

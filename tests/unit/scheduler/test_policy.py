@@ -193,26 +193,9 @@ def test_prompts_beside_decodes_take_no_longer_than_streams_may_wait() -> None:
         assert plan.slots[0] == bench.slot(stream) and prompt_tokens(plan) == after
 
 
-def test_steps_grow_with_the_prompts_that_wait() -> None:
-    sizes = {"num_blocks": 99_999, "max_batched_tokens": 8000, "max_slots": 99}
-    bench = Bench(CoreConfig(stall_us=1_000, max_inflight=1, prefix_cache=False), **sizes)
-    worker = bench.core.workers["w"]
-    worker.max_model_len = 8000
-    bench.arrive([1] * 1900, max_tokens=90)
-    bench.must_plan()
-    bench.answer(device_us=38_000)
-    waiting = [bench.arrive([1] * 7000) for _ in range(20)]
-    assert worker.queue.num_tokens == 140_000
-    assert prompt_tokens(bench.must_plan()) == 4096 - 1  # 140,000 / 32 = 4,375, less than 4,608
-    assert worker.queue.num_tokens == 133_000  # one was admitted
-    bench.apply(RequestStopped(key=waiting[5], index=None, reason=Finish.CANCELLED))
-    assert worker.queue.num_tokens == 126_000
-    bench.apply(WorkerLost(worker="w"))
-    assert worker.queue.num_tokens == 0
-
-
 def test_short_steps_do_not_tell_what_a_token_takes() -> None:
-    bench = Bench(CoreConfig(max_inflight=1, prefix_cache=False), num_blocks=4000, max_batched_tokens=2000)
+    config = CoreConfig(stall_us=20_000, max_inflight=1, prefix_cache=False)
+    bench = Bench(config, num_blocks=4000, max_batched_tokens=2000)
     bench.core.workers["w"].max_model_len = 8000
     bench.arrive([1] * 1000, max_tokens=90)
     bench.must_plan()

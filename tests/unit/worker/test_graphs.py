@@ -21,7 +21,7 @@ def batch(shape: Shape) -> Any:
 def test_a_missing_graph_is_captured_when_its_shape_keeps_coming(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     nothing: Any = None
-    graphs = Graphs(nothing, nothing, nothing, PADDING, torch.device("cpu"))
+    graphs = Graphs(nothing, nothing, nothing, PADDING, 64, torch.device("cpu"))
     often, once = batch(PADDING.decodes(3)), batch(PADDING.decodes(1))
     for is_plain in (True, False):  # two graphs, each of which is missed by itself
         assert [graphs.takes(often, is_plain) for _ in range(PATIENCE)] == [False] * (PATIENCE - 1) + [True]
