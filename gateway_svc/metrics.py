@@ -14,10 +14,13 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from pagoda.metrics_alias import Aliased
 
 disable_created_metrics()  # a series each that nobody reads
 
@@ -28,6 +31,8 @@ _FIRST_TOKEN += [1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560]
 _TOKEN = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80]
 _COUNTS = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
 _SAMPLES = [1, 2, 5, 10, 20]
+_LABELS = ("model_name", "engine")
+_ENGINE = "gateway"  # the `engine` label, as the scheduler has it for what belongs to no worker group
 
 
 class BatchedHistogram:
@@ -57,9 +62,13 @@ class BatchedHistogram:
 class Metrics:
     """Every metric that the gateway owns."""
 
-    def __init__(self, model_name: str, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self, model_name: str, registry: CollectorRegistry | None = None, alias: str = "none"
+    ) -> None:
         self.registry = registry or CollectorRegistry()
-        self._model = model_name
+        self._alias = alias
+        self._labels = (model_name, _ENGINE)
+        ProcessCollector(registry=self.registry)
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token.", _FIRST_TOKEN
         )
@@ -91,19 +100,19 @@ class Metrics:
 
     def success(self, reason: str) -> None:
         """A sample ended."""
-        self._success.labels(self._model, reason).inc()
+        self._success.labels(*self._labels, reason).inc()
 
     def cancelled(self) -> None:
         """A client left."""
-        self._cancelled.labels(self._model).inc()
+        self._cancelled.labels(*self._labels).inc()
 
     def failed(self, code: str) -> None:
         """A request ended with an error after it was admitted."""
-        self._failed.labels(self._model, code).inc()
+        self._failed.labels(*self._labels, code).inc()
 
     def rejected(self, reason: str) -> None:
         """A request was not admitted."""
-        self._rejections.labels(self._model, reason).inc()
+        self._rejections.labels(*self._labels, reason).inc()
 
     def http(self, route: str, method: str, status: int) -> None:
         """An HTTP response began."""
@@ -116,19 +125,24 @@ class Metrics:
     def expose(self) -> bytes:
         """The text that Prometheus reads; of all processes where there are several."""
         self.flush()
-        return expose(self.registry)
+        return expose(self.registry, self._alias)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        metric = Histogram(f"pagoda:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
-        return metric.labels(self._model)
+        metric = Histogram(f"pagoda:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
+        return metric.labels(*self._labels)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"pagoda:{name}", text, ["model_name", *labels], registry=self.registry)
+        return Counter(f"pagoda:{name}", text, [*_LABELS, *labels], registry=self.registry)
 
 
-def expose(registry: CollectorRegistry | None = None) -> bytes:
-    """The text that Prometheus reads, gathered from the files of all processes where they share any."""
+def expose(registry: CollectorRegistry | None = None, alias: str = "none") -> bytes:
+    """The text that Prometheus reads, gathered from the files of all processes where they share any.
+
+    With the alias "vllm", under vLLM's names too, but for what the scheduler gives under them.
+    """
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
-    return generate_latest(registry) if registry is not None else b""
+    if registry is None:
+        return b""
+    return generate_latest(Aliased(registry, ("request_success",)) if alias == "vllm" else registry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -105,7 +106,8 @@ async def _watch(settings: GatewaySettings, children: list[BaseProcess]) -> None
     for child in children:
         loop.add_reader(child.sentinel, end, child)
     sock = listen("--metrics-port", settings.metrics_host, settings.metrics_port, shares_port=False)
-    metrics = HttpServer(metrics_app(expose, settings.token), sock, settings.grace_s)
+    exposed = functools.partial(expose, alias=settings.metrics_alias)
+    metrics = HttpServer(metrics_app(exposed, settings.token), sock, settings.grace_s)
     await metrics.start()
     log.info(
         "serving",

@@ -65,7 +65,8 @@ class GatewayServer:
         self._log = structlog.get_logger().bind(service="gateway")
         name = f"gateway-{socket.gethostname()}-{os.getpid()}"
         link = SchedulerLink(settings.scheduler, settings.token, name, settings.max_requests)
-        self.gateway = Gateway(settings, tokenizer, link, Metrics(settings.served_name))
+        metrics = Metrics(settings.served_name, alias=settings.metrics_alias)
+        self.gateway = Gateway(settings, tokenizer, link, metrics)
         self.rpc = RpcServer(self.gateway, shares_port)
         sock = listen("--http-port", settings.http_host, settings.http_port, shares_port)
         self.http = HttpServer(build_app(self.gateway), sock, settings.grace_s + LAST_WORDS_S)

@@ -51,7 +51,7 @@ class Service:
         settings = self._settings
         server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=server_interceptors(settings.token))
         port = self._add_services(server)
-        metrics = MetricsServer(self._metrics, settings.metrics_host, settings.metrics_port, settings.token)
+        metrics = MetricsServer(self._metrics, settings)
         await server.start()
         host, _, given = settings.listen.rpartition(":")
         address = f"{host}:{port}" if given == "0" else settings.listen

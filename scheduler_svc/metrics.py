@@ -21,6 +21,8 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 
+from pagoda.metrics_alias import Aliased
+from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
 
 PREFIX = "pagoda:"
@@ -269,8 +271,12 @@ class _QuietHandler(WSGIRequestHandler):
 class MetricsServer:
     """Serves /metrics from a thread; asks for the bearer token when there is one."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int, token: str) -> None:
-        self._app: Any = make_wsgi_app(metrics.registry)
+    def __init__(self, metrics: Metrics, settings: SchedulerSettings) -> None:
+        host, port, token = settings.metrics_host, settings.metrics_port, settings.token
+        # vLLM's name for refusals shows the gateway's count, which has its own refusals, too.
+        aliased = settings.metrics_alias == "vllm"
+        registry = Aliased(metrics.registry, ("admission_rejections",)) if aliased else metrics.registry
+        self._app: Any = make_wsgi_app(registry)
         self._expected = f"Bearer {token}".encode() if token else b""
         try:
             self._server = make_server(host, port, self._serve, ThreadingWSGIServer, _QuietHandler)

@@ -35,6 +35,9 @@ class ServiceSettings(BaseSettings):
 
     token: str = Field("", description="Shared secret that callers present as a bearer token.")
     insecure: bool = Field(False, description="Allow an address other than loopback without a token.")
+    metrics_alias: Literal["none", "vllm"] = Field(
+        "none", description="vllm: publish the metrics that vLLM has under its names, too."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged."
     )

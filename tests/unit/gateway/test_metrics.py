@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway_svc.metrics import BatchedHistogram
+from gateway_svc.metrics import BatchedHistogram, Metrics
 from gateway_svc.server import GatewayServer
 from pagoda.v1 import scheduler_pb2 as pb
 from tests.unit.gateway.conftest import ids_of
@@ -18,11 +18,12 @@ BOUNDS = [0.001, 0.01, 0.1]
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample by name and labels, the model's name left out."""
+    """Every sample by name and labels, what is the same for all left out."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "model_name"))
+            own = sample.labels.items() - {("model_name", "test-model"), ("engine", "gateway")}
+            labels = tuple(sorted(own))
             found[sample.name, labels] = sample.value
     return found
 
@@ -133,3 +134,26 @@ async def test_small_routes(http: httpx.AsyncClient) -> None:
     assert (await http.get("/ping")).status_code == 200
     assert (await http.get("/version")).json()["version"]
     assert (await http.get("/ready")).json() == {"status": "ready", "num_workers": 1}
+
+
+def test_aliases_are_what_vllm_has() -> None:
+    """Prefix, one engine for all, vLLM's words; what the scheduler gives under vLLM's name is left to it."""
+    metrics = Metrics("m", alias="vllm")
+    metrics.time_to_first_token.observe(0.01)
+    metrics.inter_token_latency.add(0.02)
+    metrics.success("stop")
+    metrics.rejected("queue_full")
+    text = metrics.expose().decode()
+    engines = {labels["engine"] for name, labels in labelled(text) if name.startswith("vllm:")}
+    assert engines == {"0"}
+    names = {name for name, _ in labelled(text)}
+    for name in ("time_to_first_token", "inter_token_latency", "time_per_output_token"):
+        assert f"vllm:{name}_seconds_bucket" in names
+    assert "vllm:admission_rejections_total" in names
+    assert "pagoda:request_success_total" in names and "vllm:request_success_total" not in names
+    assert not any(name.startswith("vllm:") for name, _ in labelled(Metrics("m").expose().decode()))
+
+
+def labelled(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Name and labels of every sample."""
+    return [(s.name, s.labels) for family in text_string_to_metric_families(text) for s in family.samples]

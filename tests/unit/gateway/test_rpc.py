@@ -185,7 +185,7 @@ async def test_a_call_that_is_cancelled_while_its_prompt_is_tokenized_is_counted
     call = stub.Generate(pb.GenerateRequest(text="x"))
     await asyncio.wait_for(begun.wait(), 20)
     call.cancel()
-    counted = b'pagoda:requests_cancelled_total{model_name="test-model"} 1.0'
+    counted = b'pagoda:requests_cancelled_total{engine="gateway",model_name="test-model"} 1.0'
     await until(lambda: counted in server.gateway.metrics.expose())
     assert not fake.submitted
 

@@ -51,7 +51,8 @@ async def test_a_client_that_leaves_frees_its_request(
     await until(lambda: fake.num_live_rows == 0)
     assert fake.stopped == [("left", WHOLE_REQUEST, CANCELLED)]
     await until(lambda: b"requests_cancelled_total" in server.gateway.metrics.expose())
-    assert b'pagoda:requests_cancelled_total{model_name="test-model"} 1.0' in server.gateway.metrics.expose()
+    counted = b'pagoda:requests_cancelled_total{engine="gateway",model_name="test-model"} 1.0'
+    assert counted in server.gateway.metrics.expose()
     assert server.gateway.link.num_open == 0
 
 

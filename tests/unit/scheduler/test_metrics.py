@@ -44,7 +44,7 @@ async def metrics_port(local: LocalScheduler) -> AsyncIterator[int]:
     service._core, service._engine, service._hub = local.engine.core, local.engine, local.hub
     service._settings = SchedulerSettings()
     local.metrics.read = service._read
-    server = MetricsServer(local.metrics, "127.0.0.1", 0, "")
+    server = MetricsServer(local.metrics, SchedulerSettings(metrics_port=0))
     yield server.port
     await server.close()
 
@@ -117,10 +117,37 @@ async def test_a_stuck_loop_serves_the_last_reading(
 
 
 async def test_a_token_guards_metrics(local: LocalScheduler) -> None:
-    server = MetricsServer(local.metrics, "127.0.0.1", 0, "secret")
+    server = MetricsServer(local.metrics, SchedulerSettings(metrics_port=0, token="secret"))
     for wrong in ("", "Secret"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             await asyncio.to_thread(fetch, server.port, wrong)
         assert refused.value.code == 401
     assert await asyncio.to_thread(fetch, server.port, "secret")
     await server.close()
+
+
+async def test_aliases_are_what_vllm_has(local: LocalScheduler, metrics_port: int) -> None:
+    """The same numbers; groups are numbered; refusals are the gateway's to give under vLLM's name."""
+    for group in ("left", "right"):
+        await local.attach(group=group)
+    async with local.session() as client:
+        (long,) = await client.submit(request([1, 5, 7], max_tokens=400, ignore_eos=True))
+        (bad,) = await client.submit(request([]))
+        await client.results([bad])
+        await until(lambda: client.received[long].tokens)
+        await client.stop(long)
+        await until(lambda: not local.engine.core.groups)
+    server = MetricsServer(local.metrics, SchedulerSettings(metrics_port=0, metrics_alias="vllm"))
+    samples = await asyncio.to_thread(fetch, server.port)
+    await server.close()
+    ours = {key: v for key, v in samples.items() if key[0].startswith("pagoda:")}
+    assert {name for name, _ in await asyncio.to_thread(fetch, metrics_port)} >= {name for name, _ in ours}
+    alias = {(name, labels): v for (name, labels), v in samples.items() if name.startswith("vllm:")}
+    engines = {(name, dict(labels)["engine"]) for name, labels in alias}
+    assert {e for n, e in engines if n == "vllm:kv_cache_usage_perc"} == {"0", "1"}
+    assert {e for n, e in engines if n == "vllm:gpu_cache_usage_perc"} == {"0", "1"}
+    assert {e for n, e in engines if n == "vllm:num_requests_running"} == {"0"}
+    assert not any(name.startswith("vllm:admission_rejections") for name, _ in alias)
+    ended = frozenset({"model_name": "simulated", "engine": "0", "finished_reason": "abort"}.items())
+    assert alias["vllm:request_success_total", ended] == 1
+    assert alias["vllm:prompt_tokens_total", ended - {("finished_reason", "abort")}] == 3
