@@ -13,6 +13,8 @@ MODEL ?= smollm2-135m-instruct
 DEVICE ?= cpu
 # More options of `pagoda serve` for `make cluster`, as in SERVE='--dtype float32 --max-slots 32'.
 SERVE ?=
+# Where Prometheus listens, on 127.0.0.1.
+PROMETHEUS_PORT ?= 9090
 # More options of pytest for `make test`, as in PYTEST='tests/unit -k settings'.
 PYTEST ?=
 # More options of the runner for `make verify`, as in VERIFY='--only replay'.
@@ -25,7 +27,7 @@ SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,cluster]'
 MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker kernels clients/python/pagoda
 
 .PHONY: help setup dev model demo test verify lint types protos check-protos lint-protos bench-scheduler \
-        cluster down clean
+        cluster down prometheus boards monitoring clean
 
 help: ## Explain every target (this text).
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,10 +65,10 @@ model: setup ## Get the embedded model (SmolLM2-135M-Instruct), converted once a
 demo: setup model ## Start everything, ask "What is the capital of France?", print the answer, stop.
 	@$(PY) tools/demo.py
 
-test: dev model node_modules/.bin/buf ## Run the tests that need no GPU (a fixed slice of the long ones included).
+test: dev model node_modules/.bin/buf .prometheus/usr/bin/prometheus ## Run the tests that need no GPU (a fixed slice of the long ones included).
 	$(PY) -m pytest -q -m "not full" $(PYTEST)
 
-verify: dev model node_modules/.bin/buf ## Run every row of the acceptance table in full; resumable; figures in .verify/.
+verify: dev model node_modules/.bin/buf .prometheus/usr/bin/prometheus ## Run every row of the acceptance table in full; resumable; figures in .verify/.
 	$(PY) tools/verify.py $(VERIFY)
 
 lint: dev ## Check style (ruff).
@@ -98,7 +100,18 @@ cluster: setup ## Run a local cluster in the foreground: WORKERS=n MODEL=name|pa
 down: ## Stop the cluster that `make cluster` runs, from another terminal.
 	@$(VENV)/bin/pagoda down --run-dir .run
 
+prometheus: .prometheus/usr/bin/prometheus ## Unpack Debian's Prometheus in .prometheus; installs and starts nothing.
+
+.prometheus/usr/bin/prometheus: tools/get_prometheus.sh
+	tools/get_prometheus.sh
+
+boards: dev ## Write Grafana's boards in deploy/grafana from tools/boards.
+	$(PY) -m tools.boards
+
+monitoring: setup ## Run Prometheus against the local cluster, until Ctrl-C: PROMETHEUS_PORT=9090.
+	@$(PY) tools/monitoring.py --run-dir .run --port $(PROMETHEUS_PORT) --workers $(WORKERS)
+
 clean: ## Remove what was built and installed here; the model cache stays.
-	rm -rf $(VENV) .venv-tools node_modules .run .verify .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tools .prometheus node_modules .run .verify .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf *.egg-info clients/python/*.egg-info build

@@ -91,6 +91,12 @@ class Metrics:
         self._cancelled = self._counter("requests_cancelled", "Requests whose client left before the end.")
         self._failed = self._counter("requests_failed", "Requests that ended with an error.", "code")
         self._rejections = self._counter("admission_rejections", "Requests not admitted.", "reason")
+        # A counter that begins with its first event hides that event from every rate.
+        self._cancelled.labels(*self._labels)
+        for code in ("internal", "unavailable"):
+            self._failed.labels(*self._labels, code)
+        for reason in ("invalid", "queue_full", "unavailable"):
+            self._rejections.labels(*self._labels, reason)
         self._http = Counter(
             "pagoda:http_requests",
             "HTTP requests by route and status.",

@@ -85,7 +85,8 @@ class Metrics:
         self.last_reading = Reading()
         self._loop = asyncio.get_running_loop()
         self._model = ""
-        self._rejections: dict[str, int] = {}
+        # Known from the start: a counter that begins with its first event hides that event from every rate.
+        self._rejections = dict.fromkeys(("invalid_request", "queue_full", "no_worker"), 0)
         self._last_progress = time.time()
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
