@@ -15,14 +15,11 @@ from prometheus_client import (
     Counter,
     Histogram,
     ProcessCollector,
-    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from pagoda.metrics_alias import Aliased
-
-disable_created_metrics()  # a series each that nobody reads
+from pagoda.exposition import Aliased
 
 _FINE = [0.00025, 0.0005, 0.001, 0.0025, 0.005]
 _REQUEST = [0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680]

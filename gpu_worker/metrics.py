@@ -10,8 +10,9 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
 )
+
+from pagoda.exposition import plain_app, serve
 
 STEP_BUCKETS = (
     *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
@@ -72,7 +73,7 @@ class WorkerMetrics:
         Raises:
             OSError: the port cannot be bound.
         """
-        start_http_server(port, addr="127.0.0.1", registry=self.registry)
+        serve(plain_app(self.registry), "127.0.0.1", port)
 
     def step(self, stage: float, device: float, report: float, idle: float, num_tokens: int) -> None:
         """Count one step; times in seconds."""

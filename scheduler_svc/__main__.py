@@ -18,6 +18,7 @@ from pagoda import logs
 from pagoda.transport import SERVER_OPTIONS, server_interceptors
 from scheduler_svc import control, session, worker_hub
 from scheduler_svc.config import SchedulerSettings
+from scheduler_svc.core.events import Finish
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.snapshot import WorkerView
 from scheduler_svc.engine import Engine
@@ -137,7 +138,7 @@ class Service:
                 "requests_cancelled": stats.finished.get("cancelled", 0),
                 "requests_aborted": self._engine.num_aborted,
             },
-            finished=dict(stats.finished),
+            finished={finish.name.lower(): 0 for finish in Finish} | stats.finished,
         )
 
     def _read_worker(self, worker: WorkerView) -> WorkerReading:

@@ -10,18 +10,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import hmac
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import msgspec
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 
-from pagoda.metrics_alias import Aliased
+from pagoda.exposition import Aliased, plain_app, serve
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
 
@@ -262,13 +259,6 @@ def _cache_config(worker: WorkerReading, prefix_cache: bool) -> dict[str, str]:
     }
 
 
-class _QuietHandler(WSGIRequestHandler):
-    """Scrapes are not worth a log line each."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing."""
-
-
 class MetricsServer:
     """Serves /metrics from a thread; asks for the bearer token when there is one."""
 
@@ -277,14 +267,13 @@ class MetricsServer:
         # vLLM's name for refusals shows the gateway's count, which has its own refusals, too.
         aliased = settings.metrics_alias == "vllm"
         registry = Aliased(metrics.registry, ("admission_rejections",)) if aliased else metrics.registry
-        self._app: Any = make_wsgi_app(registry)
+        self._app = plain_app(registry)
         self._expected = f"Bearer {token}".encode() if token else b""
         try:
-            self._server = make_server(host, port, self._serve, ThreadingWSGIServer, _QuietHandler)
+            self._server = serve(self._serve, host, port)
         except OSError as error:
             raise OSError(f"--metrics-port: cannot bind {host}:{port}: {error.strerror}") from error
         self.port: int = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def _serve(self, environ: dict[str, Any], start_response: Any) -> Any:
         given = str(environ.get("HTTP_AUTHORIZATION", "")).encode()

@@ -10,10 +10,16 @@ from prometheus_client.samples import Sample
 
 from tests.support.cluster_sched import Process
 
+# What a Prometheus asks for; a service may answer in another of these formats than to nobody in particular.
+PROMETHEUS_ACCEPTS = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+
 
 def scrape(url: str, token: str = "") -> str:
     """The text behind `url`."""
-    request = urllib.request.Request(url)
+    request = urllib.request.Request(url, headers={"accept": PROMETHEUS_ACCEPTS})
     if token:
         request.add_header("authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=30) as reply:

@@ -121,11 +121,8 @@ def between() -> list[Panel]:
             "Idle between steps",
             "0 where the next step was waiting already; the longest waits are those for requests.",
             [
-                Query(
-                    quantile(share, "worker_idle_seconds", "engine", WORKER),
-                    f"{{{{engine}}}} p{share * 100:g}",
-                )
-                for share in (0.5, 0.95)
+                Query(quantile(0.95, "worker_idle_seconds", "engine", WORKER), "{{engine}} p95"),
+                Query(mean("worker_idle_seconds", "engine", WORKER), "{{engine}} mean"),
             ],
             "s",
             width=6,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scheduler_svc.__main__ import Service
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.metrics import MetricsServer
+from tests.support.metrics import scrape
 from tests.support.session_client import request
 from tests.unit.scheduler.conftest import LocalScheduler, until
 
@@ -22,11 +22,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 def fetch(port: int, token: str = "") -> Samples:
     """All samples of a scrape."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    scrape = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
-    with urllib.request.urlopen(scrape, timeout=20) as response:
-        text = response.read().decode()
-    families = text_string_to_metric_families(text)
+    families = text_string_to_metric_families(scrape(f"http://127.0.0.1:{port}/metrics", token))
     return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
 
 

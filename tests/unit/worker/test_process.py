@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import grpc
 import pytest
 
 from pagoda.internal.v1 import worker_pb2
+from tests.support.metrics import scrape
 from tests.unit.worker.fake_hub import FakeHub
 from tests.unit.worker.harness import Device, prompt
 
@@ -116,9 +116,7 @@ def test_metrics_port(hub, start, tiny):
     flags = ("--scheduler", hub.address, "--model", str(tiny("llama")[1]), "--metrics-port", str(port))
     start(*flags)
     hub.next_session()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as answer:
-        text = answer.read().decode()
-    assert 'pagoda:worker_steps_total{engine="' in text
+    assert 'pagoda:worker_steps_total{engine="' in scrape(f"http://127.0.0.1:{port}/metrics")
     code, said = end(start(*flags))
     assert code == 1 and f"--metrics-port {port}" in said
 

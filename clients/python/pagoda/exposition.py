@@ -1,18 +1,27 @@
-"""`--metrics-alias vllm`: a tier's metrics once more, under the names that dashboards made for vLLM ask for.
+"""How services show their metrics to Prometheus: a server, and `--metrics-alias vllm`.
 
-What stands after the colon is vLLM's already, so only three things differ. The prefix. Names that two tiers
-use: vLLM is one process, so one tier gives each. And the label `engine`: vLLM numbers its engines and labels
-everything with the number, so that a dashboard filters all panels by one of them. Here the first worker group
-is "0", as is what belongs to no group; other groups are counted on in the order in which they came.
+The alias is a tier's metrics once more, under the names that dashboards made for vLLM ask for. What stands
+after the colon is vLLM's already, so only three things differ. The prefix. Names that two tiers use: vLLM is
+one process, so one tier gives each. And the label `engine`: vLLM numbers its engines and labels everything
+with the number, so that a dashboard filters all panels by one of them. Here the first worker group is "0", as
+is what belongs to no group; other groups are counted on in the order in which they came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Metric
+from prometheus_client import CollectorRegistry, Metric, disable_created_metrics
+from prometheus_client.exposition import ThreadingWSGIServer, make_wsgi_app
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+disable_created_metrics()  # a series each that nobody reads
 
 OURS, VLLM = "pagoda:", "vllm:"
 NO_GROUP = frozenset({"scheduler", "gateway"})  # values of `engine` that name a tier
@@ -99,3 +108,36 @@ class Aliased(CollectorRegistry):
         if not group or group in NO_GROUP:
             return "0"
         return self._engines.setdefault(group, str(len(self._engines)))
+
+
+def plain_app(registry: CollectorRegistry) -> App:
+    """A WSGI application that answers with Prometheus's plain text, whatever else a scraper would take.
+
+    As OpenMetrics, which every Prometheus asks for first, the library writes `_` for the colons in our names.
+    """
+    app: Any = make_wsgi_app(registry)
+
+    def plain(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ.pop("HTTP_ACCEPT", None)
+        answer: Iterable[bytes] = app(environ, start_response)
+        return answer
+
+    return plain
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """Scrapes are not worth a log line each."""
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+def serve(app: App, host: str, port: int) -> WSGIServer:
+    """Serve `app` from a thread, until the server is shut down and closed; port 0 takes any.
+
+    Raises:
+        OSError: the port cannot be bound.
+    """
+    server = make_server(host, port, app, ThreadingWSGIServer, _QuietHandler)
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+    return server
