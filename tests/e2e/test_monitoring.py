@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 import pagoda
@@ -27,7 +28,7 @@ from tests.support.cluster_sched import wait_until
 from tests.support.monitored import Stack, monitored
 from tests.support.traffic import GREEDY, Traffic
 from tools import boards, monitoring
-from tools.boards import ask
+from tools.boards import ask, draw
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -148,7 +149,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             return bool(up) and up[0].points[0][1] == stack.num_services
 
         wait_until(all_up, 60, "every service is scraped")
-        traffic = Traffic(stack.spec.grpc_target, stack.spec.scheduler_target)
+        traffic = Traffic(stack.spec.http_url, stack.spec.grpc_target, stack.spec.scheduler_target)
         seen = Watched(stack, began=time.time(), calm=0.0)
         sender = threading.Thread(target=traffic.run, args=(TRAFFIC_S,))
         sender.start()
@@ -164,7 +165,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 
 def test_requests_of_all_kinds_were_sent(watched: Watched) -> None:
-    kinds = {"chats", "many", "samples", "alike", "leaves", "aborts", "refused"}
+    kinds = {"chats", "chats_over_http", "many", "samples", "alike", "leaves", "aborts", "refused"}
     assert {kind for kind, count in watched.sent.items() if count} == kinds
 
 
@@ -230,6 +231,15 @@ def test_a_panel_has_an_answer(
         assert_answered(series, target["expr"])
         for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
             assert all(one.labels.get(label) for one in series), f"{label} is not a label of the answers"
+
+
+@pytest.mark.parametrize("name", boards.BOARDS)
+def test_a_board_can_be_drawn(watched: Watched, name: str, tmp_path: Path) -> None:
+    values, *_ = chosen(watched, name)
+    asked = draw.Asked(watched.ask, watched.began, watched.ended, WINDOW, values)
+    draw.save(draw.picture(name, asked), tmp_path / "board.png")
+    with Image.open(tmp_path / "board.png") as image:
+        assert image.width == draw.WIDTH_PX and len(image.getcolors() or ()) > 10
 
 
 def peak(watched: Watched, name: str, panel: dict[str, Any], start: float, end: float) -> float:

@@ -1,18 +1,20 @@
 """Requests of every kind that boards can show, sent to live services for a while.
 
-    python -m tests.support.traffic --grpc 127.0.0.1:8001 --scheduler 127.0.0.1:50051 --seconds 240
+    python -m tests.support.traffic --url http://127.0.0.1:8000 --grpc 127.0.0.1:8001 --seconds 240
 
-Chats and completions, alone and many at once; groups of samples; prompts that begin alike; clients that leave;
-aborts; and requests that are refused. What fits and what is preempted is up to the server.
+Chats and completions, alone and many at once; samples of one prompt; prompts that begin alike; clients that
+leave; aborts; and requests that are refused. What fits and what is preempted is up to the server.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 import grpc
 
 import pagoda
+from pagoda.models import EMBEDDED_MODEL
 from pagoda.v1 import scheduler_pb2 as pb
 from pagoda.v1 import scheduler_pb2_grpc as rpc
 
@@ -33,6 +36,7 @@ WAVE_S = 60.0
 class Traffic:
     """What has been sent, by kind. The kinds take turns in threads of their own."""
 
+    url: str
     grpc: str
     scheduler: str
     sent: Counter[str] = field(default_factory=Counter)
@@ -46,6 +50,7 @@ class Traffic:
         end = time.monotonic() + seconds
         kinds: Sequence[Callable[[pagoda.Client], None]] = (
             self.chats,
+            self.chats_over_http,
             self.many,
             self.samples,
             self.alike,
@@ -70,6 +75,16 @@ class Traffic:
         question = {"role": "user", "content": f"What is {next(self._numbers)} plus one?"}
         with client.stream_chat([question], max_tokens=16, temperature=0.0) as stream:
             assert [chunk.text for chunk in stream]
+
+    def chats_over_http(self, client: pagoda.Client) -> None:
+        """The same over the OpenAI route, and not streamed."""
+        question = {"role": "user", "content": f"What is {next(self._numbers)} minus one?"}
+        body = json.dumps({"model": EMBEDDED_MODEL, "messages": [question], "max_tokens": 16}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions", body, {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            assert json.load(reply)["choices"]
 
     def many(self, client: pagoda.Client) -> None:
         """More at once than a small cache holds, so that some have to give way."""
@@ -120,11 +135,12 @@ class Traffic:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--grpc", default="127.0.0.1:8001", help="the gateway")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the gateway's OpenAI routes")
+    parser.add_argument("--grpc", default="127.0.0.1:8001", help="of the gateway")
     parser.add_argument("--scheduler", default="127.0.0.1:50051")
     parser.add_argument("--seconds", type=float, default=240.0)
     given = parser.parse_args()
-    traffic = Traffic(given.grpc, given.scheduler)
+    traffic = Traffic(given.url, given.grpc, given.scheduler)
     traffic.run(given.seconds, waves=True)
     print(dict(traffic.sent))
 

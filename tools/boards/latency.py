@@ -102,20 +102,26 @@ def asked() -> list[Panel]:
     return [
         row("What is asked"),
         quantiles("Length of prompts", "Tokens.", "request_prompt_tokens", "short", GATEWAY, width=6),
-        quantiles(
+        lines(
             "Length of answers",
-            "Tokens, of all samples.",
-            "request_generation_tokens",
+            "Tokens of all samples of a request, and the mean of max_tokens where it is given.",
+            [
+                *(
+                    Query(quantile(share, "request_generation_tokens", only=GATEWAY), f"p{share * 100:g}")
+                    for share in (0.5, 0.95)
+                ),
+                Query(mean("request_generation_tokens", only=GATEWAY), "mean"),
+                Query(mean("request_params_max_tokens", only=GATEWAY), "max_tokens"),
+            ],
             "short",
-            GATEWAY,
             width=6,
         ),
         lines(
-            "What requests ask for",
-            "Mean of n, the samples of a request, and of max_tokens where it is given.",
+            "Samples of a request",
+            "n, as asked.",
             [
-                Query(mean("request_params_n", only=GATEWAY), "n"),
-                Query(mean("request_params_max_tokens", only=GATEWAY), "max_tokens"),
+                Query(mean("request_params_n", only=GATEWAY), "mean"),
+                Query(quantile(0.95, "request_params_n", only=GATEWAY), "p95"),
             ],
             "short",
             width=6,

@@ -39,8 +39,8 @@ def headline() -> list[Panel]:
             "percentunit",
         ),
         stat(
-            "Preemptions",
-            "Requests a second that lose their blocks to others.",
+            "Preemptions per second",
+            "Requests that lose their blocks to others.",
             Query(rate("num_preemptions_total"), "preemptions"),
             "short",
             [(0.1, "orange"), (1, "red")],
@@ -109,8 +109,8 @@ def shortage() -> list[Panel]:
     return [
         row("When memory is short"),
         lines(
-            "Preemptions",
-            "Requests a second that lose their blocks to others, and start again from their tokens.",
+            "Preemptions per second",
+            "Requests that lose their blocks to others, and start again from their tokens.",
             [Query(rate("num_preemptions_total"), "preemptions")],
             "short",
             width=6,

@@ -62,7 +62,7 @@ def traffic() -> list[Panel]:
     return [
         row("What it does"),
         lines(
-            "Tokens",
+            "Tokens per second",
             "Prompt tokens of admitted requests, those that the prefix cache had, and tokens generated.",
             [
                 Query(rate("prompt_tokens_total"), "prompt"),

@@ -25,8 +25,8 @@ def headline() -> list[Panel]:
     return [
         stat("Workers", "Worker groups attached.", Query(total("num_workers"), "workers"), "short"),
         stat(
-            "Steps",
-            "Steps a second that workers answered.",
+            "Steps per second",
+            "Steps that workers answered.",
             Query(rate("step_seconds_count", only='part="gpu"'), "steps"),
             "short",
         ),

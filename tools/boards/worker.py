@@ -20,14 +20,14 @@ def headline() -> list[Panel]:
     """What one looks at first."""
     return [
         stat(
-            "Steps",
-            "Steps done in a second.",
+            "Steps per second",
+            "Steps done by all workers.",
             Query(rate("worker_steps_total", only=WORKER), "steps"),
             "short",
         ),
         stat(
-            "Tokens",
-            "Tokens drawn in a second.",
+            "Tokens per second",
+            "Tokens drawn by all workers.",
             Query(rate("worker_generated_tokens_total", only=WORKER), "t"),
             "short",
         ),
@@ -64,14 +64,14 @@ def steps() -> list[Panel]:
     return [
         row("Steps"),
         lines(
-            "Steps",
-            "Done in a second, by worker.",
+            "Steps per second",
+            "Done, by worker.",
             [Query(rate("worker_steps_total", "engine", WORKER), "{{engine}}")],
             "short",
         ),
         lines(
-            "Tokens",
-            "Drawn in a second, by worker; those for requests that had just been stopped included.",
+            "Tokens per second",
+            "Drawn, by worker; those for requests that had just been stopped included.",
             [Query(rate("worker_generated_tokens_total", "engine", WORKER), "{{engine}}")],
             "short",
         ),
