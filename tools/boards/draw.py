@@ -33,7 +33,8 @@ LINES = ("#73bf69", "#5794f2", "#f2cc0c", "#ff9830", "#f2495c", "#b877d9", "#56c
 LIMITS = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c", "text": INK}
 HEAT = LinearSegmentedColormap.from_list("heat", ["#3a2410", "#8a4511", "#e0752d", "#ffb357", "#fff3d6"])
 NUM_POINTS = 240
-COLORS_OF_A_FILE = 224
+NUM_TIMES = 5  # on the axis of time
+COLORS_OF_A_FILE, KMEANS = 240, 1
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,20 @@ class Asked:
     values: dict[str, str]
 
     def over(self, target: dict[str, Any]) -> list[ask.Series]:
-        """A target's answers over the time."""
+        """A target's answers over the time, with a point that is no number where one is missing."""
         step = max((self.end - self.start) / NUM_POINTS, 1.0)
-        return self.prometheus.over(self.filled(target), self.start, self.end, step)
+        found = self.prometheus.over(self.filled(target), self.start, self.end, step)
+        moments = [self.start + i * step for i in range(int((self.end - self.start) / step) + 1)]
+        return [ask.Series(one.labels, _whole(one.points, moments, step)) for one in found]
 
     def filled(self, target: dict[str, Any]) -> str:
         """A target's query."""
         return ask.fill(target["expr"], self.values, self.rate_interval)
+
+
+def _whole(points: list[tuple[float, float]], moments: list[float], step: float) -> list[tuple[float, float]]:
+    by_number = {round((t - moments[0]) / step): value for t, value in points}
+    return [(t, by_number.get(i, float("nan"))) for i, t in enumerate(moments)]
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ def _axes(figure: Figure, place: Place, left: float, top: float, right: float, b
 
 def _time_axis(axes: Axes, asked: Asked) -> None:
     axes.set_xlim(_moment(asked.start), _moment(asked.end))
-    axes.xaxis.set_major_locator(dates.AutoDateLocator(minticks=3, maxticks=5))
+    minutes = max(1, round((asked.end - asked.start) / 60 / NUM_TIMES))
+    axes.xaxis.set_major_locator(dates.MinuteLocator(interval=minutes))
     axes.xaxis.set_major_formatter(dates.DateFormatter("%H:%M"))
 
 
@@ -184,9 +193,9 @@ def _lines(figure: Figure, page: Axes, place: Place, panel: dict[str, Any], aske
         color = LINES[i % len(LINES)]
         times = [_moment(t) for t, _ in one.points]
         base = [below.get(t, 0.0) if stacked else 0.0 for t, _ in one.points]
-        tops = [b + (v if v == v or not stacked else 0.0) for b, (_, v) in zip(base, one.points, strict=True)]
+        tops = [b + v for b, (_, v) in zip(base, one.points, strict=True)]
         if stacked:
-            below.update({t: top for (t, _), top in zip(one.points, tops, strict=True)})
+            below.update({t: top for (t, _), top in zip(one.points, tops, strict=True) if top == top})
         if stacked and not any(value > 0 for _, value in one.points):
             continue  # nothing but the edge of what is below
         axes.plot(times, tops, color=color, lw=1.3)
@@ -223,7 +232,7 @@ def _legend(page: Axes, place: Place, names: list[str]) -> int:
 def _heat(figure: Figure, page: Axes, place: Place, panel: dict[str, Any], asked: Asked) -> None:
     (target,) = panel["targets"]
     unit = panel["options"]["yAxis"]["unit"]
-    buckets = {float(one.labels["le"]): dict(one.points) for one in asked.over(target)}
+    buckets = {float(one.labels["le"]): {t: v for t, v in one.points if v == v} for one in asked.over(target)}
     bounds = sorted(buckets)
     times = sorted({t for points in buckets.values() for t in points})
     cells = []
@@ -280,7 +289,7 @@ def save(figure: Figure, path: Path) -> None:
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=DPI)
     image = Image.open(raw).convert("RGB")
-    image.quantize(COLORS_OF_A_FILE, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+    image.quantize(COLORS_OF_A_FILE, Image.Quantize.MEDIANCUT, KMEANS, dither=Image.Dither.NONE).save(
         path, optimize=True
     )
 
@@ -290,11 +299,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:9090", help="of Prometheus")
     parser.add_argument("--minutes", type=float, default=5.0, help="how far back")
+    parser.add_argument("--ago", type=float, default=0.0, help="seconds from the pictures' end to now")
     parser.add_argument("--rate-interval", default="20s", help="what $__rate_interval stands for")
     parser.add_argument("--out", type=Path, default=Path("docs/boards"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    end = time.time()
+    end = time.time() - given.ago
     for name in boards.BOARDS:
         values = {
             v["name"]: v["allValue"]

@@ -41,7 +41,4 @@ def _scaled(value: float, scale: tuple[tuple[float, str], ...], between: str) ->
 
 def _digits(value: float) -> str:
     """Three digits, as far as they say something."""
-    if value and abs(value) < 0.01:
-        return f"{value:.2g}"
-    text = f"{value:.{0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"

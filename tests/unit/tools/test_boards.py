@@ -21,7 +21,7 @@ from tools.boards.units import ticks, written
         (1, "percentunit", "100%"),
         (1234, "short", "1.23 K"),
         (14.86, "short", "14.9"),
-        (0.004, "short", "0.004"),
+        (0.025, "short", "0.025"),
         (0, "bytes", "0"),
         (800 * 2**20, "bytes", "800 MiB"),
         (1.5, "reqps", "1.5 req/s"),
