@@ -65,10 +65,10 @@ model: setup ## Get the embedded model (SmolLM2-135M-Instruct), converted once a
 demo: setup model ## Start everything, ask "What is the capital of France?", print the answer, stop.
 	@$(PY) tools/demo.py
 
-test: dev model node_modules/.bin/buf .prometheus/usr/bin/prometheus ## Run the tests that need no GPU (a fixed slice of the long ones included).
+test: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run the tests that need no GPU (a fixed slice of the long ones included).
 	$(PY) -m pytest -q -m "not full" $(PYTEST)
 
-verify: dev model node_modules/.bin/buf .prometheus/usr/bin/prometheus ## Run every row of the acceptance table in full; resumable; figures in .verify/.
+verify: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run every row of the acceptance table in full; resumable; figures in .verify/.
 	$(PY) tools/verify.py $(VERIFY)
 
 lint: dev ## Check style (ruff).
@@ -100,10 +100,11 @@ cluster: setup ## Run a local cluster in the foreground: WORKERS=n MODEL=name|pa
 down: ## Stop the cluster that `make cluster` runs, from another terminal.
 	@$(VENV)/bin/pagoda down --run-dir .run
 
-prometheus: .prometheus/usr/bin/prometheus ## Unpack Debian's Prometheus in .prometheus; installs and starts nothing.
+prometheus: .prometheus/.unpacked ## Unpack Debian's Prometheus in .prometheus; installs and starts nothing.
 
-.prometheus/usr/bin/prometheus: tools/get_prometheus.sh
+.prometheus/.unpacked: tools/get_prometheus.sh
 	tools/get_prometheus.sh
+	@touch $@
 
 boards: dev ## Write Grafana's boards in deploy/grafana from tools/boards.
 	$(PY) -m tools.boards
