@@ -18,6 +18,7 @@ class GatewaySettings(ServiceSettings):
     scheduler: str = Field("127.0.0.1:50051", description="host:port of the scheduler.")
     model: str = Field(EMBEDDED_MODEL, description="Name or path whose tokenizer and chat template are used.")
     served_model_name: str = Field("", description="Name that clients ask for; default: the model's own.")
+    chat_template: str = Field("", description="File with a chat template; default: the model's own.")
     http_host: str = Field("127.0.0.1", description="Address of the HTTP server.")
     http_port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP server; 0 takes any.")
     grpc_host: str = Field("127.0.0.1", description="Address of the gRPC server.")

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from pathlib import Path
 
 import structlog
 import uvloop
@@ -33,8 +34,10 @@ def run(settings: GatewaySettings, shares_port: bool = False, parent_sentinel: i
     """
     try:
         tokenizer = load_tokenizer(models.resolve(settings.model), settings.tokenizer_threads)
+        if settings.chat_template:
+            tokenizer.use_chat_template(Path(settings.chat_template))
     except (FileNotFoundError, TokenizerError) as error:
-        raise SystemExit(f"error: --model: {error}") from error
+        raise SystemExit(f"error: --model or --chat-template: {error}") from error
     uvloop.run(_serve(settings, tokenizer, shares_port, parent_sentinel))
     tokenizer.close()
 

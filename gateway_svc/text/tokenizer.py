@@ -92,6 +92,13 @@ class ModelTokenizer:
         """Tokens that the tokenizer knows; the model may have more."""
         return int(self._backend.get_vocab_size())
 
+    def use_chat_template(self, path: Path) -> None:
+        """Render chats with the template in this file from now on. Raises TokenizerError."""
+        try:
+            self._hf.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TokenizerError(f"{path}: cannot read the chat template: {error}") from error
+
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
         return await self._in_thread(lambda: self._encode([text], add_special_tokens)[0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pagoda import hubs
+
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 
 
@@ -18,7 +20,8 @@ def cache_dir() -> Path:
 def resolve(model: str) -> Path:
     """The folder (safetensors, config, tokenizer) or GGUF file that `model` names.
 
-    A path is taken as it is; a bare name is looked up under `cache_dir() / "models"`.
+    A path is taken as it is; a name is looked up under `cache_dir() / "models"`, and one like `owner/name`
+    also in the caches of Hugging Face and ModelScope.
 
     Raises:
         FileNotFoundError: nothing is there; the message says where it was looked for and what to do.
@@ -29,6 +32,8 @@ def resolve(model: str) -> Path:
     cached = cache_dir() / "models" / model
     if cached.exists():
         return cached
+    if model.count("/") == 1 and (downloaded := hubs.find(model)):
+        return downloaded
     hint = "Run `make model` to get it." if model == EMBEDDED_MODEL else "Put a Hugging Face folder there."
     raise FileNotFoundError(f"model {model!r}: neither {path} nor {cached} exists. {hint}")
 

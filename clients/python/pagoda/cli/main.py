@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pagoda.cli import swift
+
 app = typer.Typer(
     help="Pagoda serves large language models over gRPC.",
     add_completion=False,
@@ -89,7 +91,7 @@ def serve(
 ) -> None:
     """Run scheduler, workers and gateway on this machine until Ctrl-C; what dies is started again."""
     given = dict(locals())
-    with _reported():
+    with reported():
         from rich.console import Console
 
         from pagoda.cli.serve import serve as run
@@ -137,7 +139,7 @@ def down(
     ),
 ) -> None:
     """Stop a cluster that was started with --run-dir, from another terminal."""
-    with _reported():
+    with reported():
         from pagoda.cli.supervise import stop_running
 
         typer.echo("stopped" if stop_running(run_dir) else f"no cluster runs in {run_dir}")
@@ -156,7 +158,7 @@ def chat(
 ) -> None:
     """Talk to the model. /reset forgets the conversation, /exit ends; Ctrl-C stops an answer."""
     sampling = _sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    with _reported():
+    with reported():
         from pagoda.cli.chat import run
 
         run(url, token, system, {"model": model, **sampling})
@@ -184,7 +186,7 @@ def generate(
     sampling = _sampling(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=stop or None
     )
-    with _reported():
+    with reported():
         from pagoda.cli.generate import run
 
         run(url, token, prompt, as_chat, stats, {"model": model, **sampling})
@@ -207,7 +209,7 @@ def batch(
 ) -> None:
     """Run a file of requests; results in input order. Run it again to go on where it stopped."""
     sampling = _sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-    with _reported():
+    with reported():
         from pagoda.cli.batch import run
 
         raise typer.Exit(run(file, output, concurrency, url, token, model, sampling))
@@ -226,7 +228,7 @@ def bench(
     token: Token = None,
 ) -> None:
     """Load the server with random prompts and print latencies and throughput."""
-    with _reported():
+    with reported():
         from pagoda.cli.bench import Load, run
 
         load = Load(
@@ -243,7 +245,7 @@ def top(
     token: Token = None,
 ) -> None:
     """Watch the scheduler: queue, running requests, blocks, tokens per second, and why a request waits."""
-    with _reported():
+    with reported():
         from pagoda.cli.top import run
 
         run(scheduler, token, interval, once)
@@ -252,7 +254,7 @@ def top(
 @app.command()
 def replay(file: Annotated[Path, typer.Argument(help="What the scheduler wrote with --record.")]) -> None:
     """Run the scheduler's core on a record again; fails at the first plan that differs."""
-    with _reported():
+    with reported():
         from pagoda.cli.replay import run
 
         typer.echo(run(file))
@@ -261,7 +263,7 @@ def replay(file: Annotated[Path, typer.Argument(help="What the scheduler wrote w
 @app.command()
 def models(url: Url = DEFAULT_URL, token: Token = None) -> None:
     """List the models that are served."""
-    with _reported():
+    with reported():
         from pagoda.client import Client
 
         with Client(url, token) as client:
@@ -271,12 +273,16 @@ def models(url: Url = DEFAULT_URL, token: Token = None) -> None:
                 )
 
 
+app.command(context_settings=swift.SPELLING)(swift.infer)
+app.command(context_settings=swift.SPELLING)(swift.deploy)
+
+
 def _sampling(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 @contextmanager
-def _reported() -> Iterator[None]:
+def reported() -> Iterator[None]:
     """Errors that a user can mend are one line, not a traceback."""
     try:
         yield

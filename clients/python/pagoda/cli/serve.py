@@ -150,7 +150,7 @@ def serve(spec: ClusterSpec, run_dir: Path | None, console: Console) -> None:
     """Run a cluster until SIGINT or SIGTERM. Raises ClusterError when it cannot start or go on."""
     with run_folder(run_dir) as folder:
         cluster = Cluster(spec, folder, console)
-        signal.signal(signal.SIGTERM, _as_interrupt)
+        signal.signal(signal.SIGTERM, as_interrupt)
         begin = time.monotonic()
         try:
             cluster.start()
@@ -182,5 +182,6 @@ def _announce(spec: ClusterSpec, folder: Path, seconds: float, console: Console)
     console.print("Ctrl-C stops everything.\n")
 
 
-def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
+def as_interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """A signal handler: the command ends as it does at Ctrl-C."""
     raise KeyboardInterrupt
