@@ -19,7 +19,9 @@ from pagoda.cli.main import app
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import ScriptedServer, failure, last, play, serving, token
 
-COMMANDS = ["serve", "down", "chat", "generate", "batch", "bench", "top", "replay", "models"]
+COMMANDS = [
+    *("serve", "down", "chat", "generate", "batch", "bench", "top", "replay", "models", "infer", "deploy")
+]
 
 
 def cli(*args: str, text: str | None = None) -> Any:

@@ -50,6 +50,11 @@ class Engine:
         """Longest sequence, prompt and answer, in tokens."""
         return next(m.max_model_len for m in self.client.models() if m.name == self.served_name)
 
+    @property
+    def http_url(self) -> str | None:
+        """Where a private cluster has its OpenAI routes; None where a running one was joined."""
+        return None if self._cluster is None else str(self._cluster.http_url)
+
     @functools.cached_property
     def hf_tokenizer(self) -> LazyTokenizer:
         """The model's tokenizer as transformers knows it, loaded when it is first used."""

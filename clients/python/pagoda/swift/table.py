@@ -70,7 +70,7 @@ class _Names(type):
         for model_type in MODELS:
             if model_type.replace("-", "_") == name:
                 return model_type
-        near = difflib.get_close_matches(name, cls.__dir__(), n=3)
+        near = difflib.get_close_matches(name, dir(cls), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise AttributeError(f"ModelType has no {name!r}{hint}")
 

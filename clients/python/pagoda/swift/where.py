@@ -16,14 +16,14 @@ def folder_of(model_type: str, model_id_or_path: str | None = None, revision: st
         FileNotFoundError: the model is not here and cannot be downloaded; says where it may be put.
     """
     named = model_id_or_path or model_type
-    try:
-        return models.resolve(named)
-    except FileNotFoundError as missing:
-        not_here = missing
     ids = _ids(model_type, model_id_or_path)
+    try:
+        if revision is None or named not in ids.values():  # else only that revision will do
+            return models.resolve(named)
+    except FileNotFoundError:
+        if not ids and model_id_or_path:
+            raise
     if not ids:
-        if model_id_or_path:
-            raise not_here
         raise unknown("model_type", model_type, list(MODELS))
     for repo_id in dict.fromkeys(ids.values()):
         if (folder := hubs.find(repo_id, revision)) is not None:
