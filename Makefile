@@ -66,6 +66,7 @@ demo: setup model ## Start everything, ask "What is the capital of France?", pri
 	@$(PY) tools/demo.py
 
 test: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run the tests that need no GPU (a fixed slice of the long ones included).
+	@command -v curl > /dev/null || { apt-get update -q && apt-get install -qy curl; }
 	$(PY) -m pytest -q -m "not full" $(PYTEST)
 
 verify: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run every row of the acceptance table in full; resumable; figures in .verify/.

@@ -355,6 +355,20 @@ async def test_inside_a_running_event_loop(engine_of: Any) -> None:
         assert end[0]["response"] == "hey"
 
 
+def test_the_tokenizer_is_looked_for_when_it_is_used_and_never_downloaded(
+    engine_of: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("PAGODA_CACHE", "MODELSCOPE_CACHE", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr("pagoda.hubs.HUBS", ())
+    with serving(play(last(1))) as server:
+        engine = engine_of(server)
+        engine.model_type = "qwen-7b-chat"
+        assert get_template("qwen", engine.hf_tokenizer).tokenizer
+        with pytest.raises(FileNotFoundError, match="PAGODA_CACHE/models/qwen-7b-chat"):
+            engine.hf_tokenizer.encode("hi")
+
+
 def test_a_server_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(play(last(1))) as server:
         monkeypatch.setenv("PAGODA_URL", server.target)

@@ -167,6 +167,15 @@ async def test_a_model_without_a_template(tmp_path: Path) -> None:
         await load_tokenizer(tmp_path).encode_chat(USER)
 
 
+async def test_a_template_from_a_file(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model_folder())
+    (tmp_path / "mine.jinja").write_text("Yes{{ messages[0].content }}")
+    tokenizer.use_chat_template(tmp_path / "mine.jinja")
+    assert await tokenizer.encode_chat([{"role": "user", "content": "!"}]) == ids_of("Yes!")
+    with pytest.raises(TokenizerError, match="cannot read the chat template"):
+        tokenizer.use_chat_template(tmp_path / "not-there.jinja")
+
+
 async def test_a_long_prompt_does_not_hold_up_the_loop() -> None:
     """Seconds of tokenizing, while the loop goes on turning: most of its turns are short."""
     work = asyncio.create_task(model_tokenizer().encode("Some words, and 世界. " * 60_000, True))

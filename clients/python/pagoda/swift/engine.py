@@ -100,7 +100,8 @@ class LazyTokenizer:
     def _loaded(self) -> Any:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        folder = self._model_dir or folder_of(self._model_type)
+        # Where a server was joined, its model need not be here; a tokenizer is not worth getting all of it.
+        folder = self._model_dir or folder_of(self._model_type, may_download=False)
         if folder.is_file():
             return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name, local_files_only=True)
         # AutoTokenizer imports torch; the other one reads the same file without it.

@@ -8,7 +8,12 @@ from pagoda import hubs, models
 from pagoda.swift.table import MODELS, entry_of, unknown
 
 
-def folder_of(model_type: str, model_id_or_path: str | None = None, revision: str | None = None) -> Path:
+def folder_of(
+    model_type: str,
+    model_id_or_path: str | None = None,
+    revision: str | None = None,
+    may_download: bool = True,
+) -> Path:
     """The model's folder or GGUF file: a path, Pagoda's cache, a hub's cache, or a download, in this order.
 
     Raises:
@@ -29,6 +34,8 @@ def folder_of(model_type: str, model_id_or_path: str | None = None, revision: st
         if (folder := hubs.find(repo_id, revision)) is not None:
             return folder
     try:
+        if not may_download:
+            raise hubs.DownloadError("it is not looked for at the hubs")
         return hubs.download(ids, revision)
     except hubs.DownloadError as error:
         raise FileNotFoundError(_advice(named, ids, error)) from error
@@ -52,7 +59,7 @@ def _advice(named: str, ids: dict[str, str], error: hubs.DownloadError) -> str:
         hubs.huggingface_cache() / f"models--{ids['Hugging Face'].replace('/', '--')}" / "snapshots" / "main",
     ]
     return (
-        f"{named!r} is not on this machine and cannot be downloaded ({error}). Put its folder (config.json, "
+        f"{named!r} is not on this machine and was not downloaded ({error}). Put its folder (config.json, "
         "the *.safetensors and the tokenizer's files) in one of these places, or give its path as "
         "model_id_or_path:\n" + "\n".join(f"  {place}" for place in places)
     )
