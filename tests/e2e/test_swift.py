@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from typing import Any
 import openai
 import pexpect
 import pytest
+import torch
 
 import pagoda
 from pagoda import calls, swift
@@ -267,10 +269,14 @@ def test_closing_dropping_and_failing_engines_leave_nothing(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    engine = swift.get_vllm_engine(QWEN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")  # as a program sets it before it makes the engine
+    engine = swift.get_vllm_engine(QWEN, torch.bfloat16)
+    assert engine.client.models()[0].dtype == "bfloat16"
     assert (engine.served_name, engine.max_model_len) == (QWEN, 2048)
     others = [pid for pid in processes_in(tmp_path) if pid != os.getpid()]
     assert len(others) == 4
+    for pid in others:
+        assert b"CUDA_VISIBLE_DEVICES=5" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     del engine
     for pid in others:
         assert not Path(f"/proc/{pid}").exists(), "it ends when nothing refers to it any more"
@@ -359,6 +365,8 @@ def test_infer_is_a_conversation(environment: dict[str, str], tmp_path: Path) ->
 
 
 def test_infer_is_ended_while_it_starts_and_by_sigterm(environment: dict[str, str], tmp_path: Path) -> None:
+    logs = Path(tempfile.mkdtemp())  # a socket's path must be short
+    environment["TMPDIR"] = str(logs)
     talk = start("infer", "--model-type", QWEN, folder=tmp_path, environment=environment)
     talk.expect("loading weights")
     talk.sendintr()
@@ -371,6 +379,7 @@ def test_infer_is_ended_while_it_starts_and_by_sigterm(environment: dict[str, st
     talk.kill(signal.SIGTERM)
     talk.expect(pexpect.EOF)
     wait_gone(tmp_path)
+    logs.rmdir()  # nothing is in it
 
 
 @pytest.mark.parametrize(
@@ -380,7 +389,7 @@ def test_infer_is_ended_while_it_starts_and_by_sigterm(environment: dict[str, st
         (["deploy", "--model_type", QWEN, "--tensor-parallel-size=2"], "tensor_parallel_size=2"),
         (["infer", "--model_type", QWEN, "--template_type", "no-such"], "'no-such' is not known; there are"),
         (["infer", "--model_type", "no-such"], "model_type 'no-such' is not known; there are"),
-        (["deploy", "--model_type", QWEN, "--dtype", "float16"], "torch_dtype=float16"),
+        (["deploy", "--model_type", QWEN, "--dtype", "fp16"], "torch_dtype=float16"),
         (["deploy", "--model_type", QWEN, "--quantization_bit", "4"], "--quantization-bit"),
     ],
 )

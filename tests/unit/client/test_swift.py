@@ -165,12 +165,10 @@ def test_an_argument_that_is_not_supported_is_named(
 
 
 def test_arguments_reach_the_cluster() -> None:
-    import torch
-
     spec = private.spec_of(
         "qwen-7b-chat",
         Path("/m"),
-        dtype=str(torch.bfloat16).removeprefix("torch."),
+        dtype="bf16",
         device="cuda",
         gpu_memory_utilization=0.5,
         max_model_len=100,

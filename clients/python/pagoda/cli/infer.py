@@ -101,7 +101,9 @@ def run(settings: Settings) -> None:
     """Make the engine, talk, end the engine. Raises PagodaError, ClusterError, FileNotFoundError."""
     signal.signal(signal.SIGTERM, as_interrupt)
     signal.signal(signal.SIGHUP, as_interrupt)
-    template_type = settings.template_type or get_default_template_type(settings.model_type)
+    template_type = settings.template_type
+    if template_type in (None, "AUTO"):  # ms-swift's word for it
+        template_type = get_default_template_type(settings.model_type)
     template = get_template(template_type)  # a wrong name is said before anything is started
     engine = get_vllm_engine(settings.model_type, **settings.engine)
     try:

@@ -25,11 +25,13 @@ ModelTypeOption = Annotated[
     str, typer.Option(help="A model type such as qwen-7b-chat, or any model's name or path.")
 ]
 IdOrPath = Annotated[str | None, typer.Option(help="Where the model is, if not where its type says.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit at the hub.")]
+Revision = Annotated[
+    str | None, typer.Option("--model-revision", "--revision", help="Branch, tag or commit at the hub.")
+]
 Backend = Annotated[
     str | None, typer.Option(help="Accepted for the sake of old command lines: Pagoda is the engine.")
 ]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; fp32, bf16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where a GPU is visible.")]
 Utilization = Annotated[float, typer.Option(help="Share of a GPU's memory to fill.")]
 TensorParallel = Annotated[int, typer.Option(help="Only 1 is there yet.")]

@@ -20,6 +20,12 @@ from pagoda.swift.templates import OURS, QWEN_JINJA, get_default_template_type
 from pagoda.swift.unsupported import refuse
 
 DTYPES = ("auto", "float32", "bfloat16")
+_DTYPE_ALIASES = {
+    "AUTO": "auto",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}  # ms-swift's names
 # vLLM's engine arguments that have a counterpart: the worker's option.
 _WORKER_OPTIONS = {
     "block_size": "--block-size",
@@ -65,6 +71,7 @@ def spec_of(
             "leave it at 1 (`pagoda serve --workers 2` serves a copy of the model on each of two GPUs)",
             field="tensor_parallel_size",
         )
+    dtype = _DTYPE_ALIASES.get(dtype or "", dtype)
     if dtype not in (None, *DTYPES):
         raise InvalidRequest(f"torch_dtype={dtype}: there are {', '.join(DTYPES)}", field="torch_dtype")
     device = device or visible_device()
@@ -97,7 +104,7 @@ class PrivateCluster:
         self._stopped = threading.Event()
         self._failure: BaseException | None = None
         spec = with_template(spec, model_type, self._folder)
-        self._cluster = Cluster(spec, self._folder, Console(stderr=True))
+        self._cluster = Cluster(spec, self._folder, Console(stderr=True, force_jupyter=False))
         self.url = self._cluster.spec.grpc_target
         self.http_url = self._cluster.spec.http_url
 
@@ -112,10 +119,9 @@ class PrivateCluster:
             if self._failure is not None:
                 raise self._failure
             self._cluster.wait_ready()
-        except BaseException:
+        except BaseException as error:
             begun.wait()  # interrupted perhaps before there was anything to stop
-            self._cluster.stop()
-            self._stopped.set()
+            self._end(keep_logs=isinstance(error, ClusterError))  # whose message says where they are
             raise
 
     def _hold(self, begun: threading.Event) -> None:
@@ -136,8 +142,12 @@ class PrivateCluster:
     def stop(self) -> None:
         """End every process and remove the logs. Only the process that started it can."""
         if os.getpid() == self._owner and not self._stopped.is_set():
-            self._cluster.stop()
-            self._stopped.set()
+            self._end(keep_logs=False)
+
+    def _end(self, keep_logs: bool) -> None:
+        self._cluster.stop()
+        self._stopped.set()
+        if not keep_logs:
             shutil.rmtree(self._folder)
 
 
