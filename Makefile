@@ -27,7 +27,7 @@ SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,cluster]'
 MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker kernels clients/python/pagoda
 
 .PHONY: help setup dev model demo test verify lint types protos check-protos lint-protos bench-scheduler \
-        cluster down prometheus boards monitoring clean
+        client-tools clients test-clients stubs cluster down prometheus boards monitoring clean
 
 help: ## Explain every target (this text).
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,7 +67,20 @@ demo: setup model ## Start everything, ask "What is the capital of France?", pri
 
 test: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run the tests that need no GPU (a fixed slice of the long ones included).
 	@command -v curl > /dev/null || { apt-get update -q && apt-get install -qy curl; }
-	$(PY) -m pytest -q -m "not full" $(PYTEST)
+	$(PY) -m pytest -q -m "not full and not clients" $(PYTEST)
+
+client-tools: ## Install what clients/ is built with, where it is missing (Debian's packages; by root).
+	tools/get_client_tools.sh
+
+clients: client-tools ## Build the clients in TypeScript, Go, C++ and Java.
+	$(MAKE) -C clients
+
+# By themselves, for they need compilers that nothing else needs.
+test-clients: dev model clients node_modules/.bin/buf ## Run these clients against the live services.
+	$(PY) -m pytest -q -m clients tests/e2e/test_clients.py
+
+stubs: client-tools node_modules/.bin/buf ## Generate stubs for more languages into build/stubs (buf.gen.yaml).
+	node_modules/.bin/buf generate
 
 verify: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run every row of the acceptance table in full; resumable; figures in .verify/.
 	$(PY) tools/verify.py $(VERIFY)
@@ -117,3 +130,4 @@ clean: ## Remove what was built and installed here; the model cache stays.
 	rm -rf $(VENV) .venv-tools .prometheus node_modules .run .verify .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf *.egg-info clients/python/*.egg-info build
+	$(MAKE) -C clients clean

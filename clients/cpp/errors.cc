@@ -43,7 +43,9 @@ Failure Explain(const grpc::Status& status) {
 std::string Describe(const Failure& failure) {
   std::ostringstream lines;
   lines << failure.code << ": " << failure.message;
-  for (const auto& [field, description] : failure.fields) lines << "\n  field " << field << ": " << description;
+  for (const auto& [field, description] : failure.fields) {
+    lines << "\n  field " << field << ": " << description;
+  }
   if (!failure.reason.empty()) lines << "\n  reason " << failure.reason;
   if (failure.retry_after_seconds) lines << "\n  try again in " << *failure.retry_after_seconds << " s";
   return lines.str();

@@ -77,8 +77,9 @@ std::string Flaw(const Answer& answer) {
       answer.finish_reason != FinishReason::FINISH_REASON_LENGTH) {
     return "ended by " + Reason(answer);
   }
-  if (answer.num_tokens == *answer.completion_tokens) return "";
-  return std::to_string(answer.num_tokens) + " of " + std::to_string(*answer.completion_tokens) + " tokens came";
+  const unsigned counted = *answer.completion_tokens;
+  if (answer.num_tokens == counted) return "";
+  return std::to_string(answer.num_tokens) + " of " + std::to_string(counted) + " tokens came";
 }
 
 // Asks one turn after the other: the message, or every line of standard input. Returns whether all succeeded.
@@ -132,7 +133,8 @@ bool RunMany(const Client& client, const Options& options) {
     else std::cerr << "chat " << i << ": " << flaws[i] << "\n";
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
-  std::printf("%u of %u chats finished, %u tokens in %.1f s\n", finished, options.chats, num_tokens, took.count());
+  std::printf("%u of %u chats finished, %u tokens in %.1f s\n", finished, options.chats, num_tokens,
+              took.count());
   return finished == options.chats;
 }
 

@@ -95,6 +95,8 @@ Options Parse(int argc, char** argv) {
     throw UsageError("the first word must be chat or many");
   }
   if (optind < argc) options.message = argv[optind++];
-  if (optind < argc) throw UsageError(std::string("one MESSAGE, please, in quotes: ") + argv[optind] + " is too much");
+  if (optind < argc) {
+    throw UsageError(std::string("one MESSAGE, please, in quotes: ") + argv[optind] + " is too much");
+  }
   return options;
 }

@@ -29,11 +29,12 @@ func dial(address, token string) (*client, error) {
 
 func (c *client) close() error { return c.conn.Close() }
 
-// generate runs one request and hands what comes to take, until the end or until take returns false: then the
-// request is cancelled at the server, as it is when ctx ends. A deadline of ctx goes to the server, too.
+// generate runs one request and hands what comes to take, until the end or until take returns false: then
+// the request is cancelled at the server, as it is when ctx ends. A deadline of ctx goes to the server, too.
 //
 // Errors have a gRPC status; explain reads its details.
-func (c *client) generate(ctx context.Context, request *pb.GenerateRequest, take func(*pb.GenerateResponse) bool) error {
+func (c *client) generate(ctx context.Context, request *pb.GenerateRequest,
+	take func(*pb.GenerateResponse) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // which cancels the call; nothing happens where it has ended
 	if c.token != "" {

@@ -22,7 +22,7 @@ import (
 type answer struct {
 	text         strings.Builder
 	requestID    string
-	numMessages  int
+	numMessages  uint
 	numTokens    int
 	finishReason pb.FinishReason
 	// usage is nil when the answer was left before its end.
@@ -104,8 +104,8 @@ func chat(ctx context.Context, c *client, o *options) error {
 		fmt.Fprintf(os.Stderr, "[%s: %s]\n", a.requestID, end)
 		return nil
 	}
-	if o.message != "" {
-		return turn(o.message)
+	if o.message != nil {
+		return turn(*o.message)
 	}
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
@@ -118,16 +118,16 @@ func chat(ctx context.Context, c *client, o *options) error {
 
 // many streams o.chats chats at once. It says how many finished and returns whether all did.
 func many(ctx context.Context, c *client, o *options) bool {
-	about := o.message
-	if about == "" {
-		about = "Tell me something about the number"
+	about := "Tell me something about the number"
+	if o.message != nil {
+		about = *o.message
 	}
 	started := time.Now()
 	flaws, counts := make([]string, o.chats), make([]int, o.chats)
 	var all sync.WaitGroup
-	for i := 0; i < o.chats; i++ {
+	for i := uint(0); i < o.chats; i++ {
 		all.Add(1)
-		go func(i int) {
+		go func(i uint) {
 			defer all.Done()
 			messages := append(opening(o), &pb.ChatMessage{Role: "user", Content: fmt.Sprintf("%s %d", about, i)})
 			sampling := proto.Clone(o.sampling).(*pb.SamplingParams)
@@ -143,7 +143,7 @@ func many(ctx context.Context, c *client, o *options) bool {
 		}(i)
 	}
 	all.Wait()
-	finished, numTokens := 0, 0
+	finished, numTokens := uint(0), 0
 	for i, flaw := range flaws {
 		numTokens += counts[i]
 		if flaw == "" {

@@ -49,9 +49,9 @@ type options struct {
 	system     string
 	sampling   *pb.SamplingParams
 	deadline   float64 // seconds; 0 is none
-	leaveAfter int     // messages; 0 is never
-	chats      int
-	message    string // empty is none
+	leaveAfter uint    // messages; 0 is never
+	chats      uint
+	message    *string // nil is none
 }
 
 // parse reads the arguments. The error is flag.ErrHelp when --help was asked for.
@@ -66,8 +66,8 @@ func parse(args []string) (*options, error) {
 	flags.StringVar(&o.model, "model", "", "")
 	flags.StringVar(&o.system, "system", "", "")
 	flags.Float64Var(&o.deadline, "deadline", 0, "")
-	flags.IntVar(&o.leaveAfter, "leave-after", 0, "")
-	flags.IntVar(&o.chats, "chats", 100, "")
+	flags.UintVar(&o.leaveAfter, "leave-after", 0, "")
+	flags.UintVar(&o.chats, "chats", 100, "")
 	// Of the sampling, only what is given is sent: 0 is a temperature, too.
 	flags.Func("temperature", "", func(given string) error {
 		value, err := strconv.ParseFloat(given, 32)
@@ -108,7 +108,7 @@ func parse(args []string) (*options, error) {
 	}
 	o.command = words[0]
 	if len(words) == 2 {
-		o.message = words[1]
+		o.message = &words[1]
 	}
 	return o, nil
 }

@@ -74,7 +74,7 @@ export function parse(args: string[], env: NodeJS.ProcessEnv): Options | string 
   if (more.length) throw new UsageError(`one MESSAGE, please, in quotes: ${more.join(' ')} is too much`);
   return {
     command,
-    url: values.url ?? env['PAGODA_URL'] ?? '127.0.0.1:8001',
+    url: values.url ?? (env['PAGODA_URL'] || '127.0.0.1:8001'),
     token: env['PAGODA_TOKEN'] ?? '',
     model: values.model ?? '',
     system: values.system ?? '',
@@ -102,7 +102,9 @@ function strict<T>(read: () => T): T {
 function number(name: string, given: string | undefined): number | undefined {
   if (given === undefined) return undefined;
   const value = Number(given);
-  if (given.trim() === '' || !Number.isFinite(value)) throw new UsageError(`--${name} ${given}: not a number`);
+  if (given.trim() === '' || !Number.isFinite(value)) {
+    throw new UsageError(`--${name} ${given}: not a number`);
+  }
   return value;
 }
 
