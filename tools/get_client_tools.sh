@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What clients/ is built and tested with: compilers, gRPC and protobuf of five languages, from Debian's
-# packages. Where some are missing, root gets them installed and others are told. (What TypeScript needs beyond
-# Node.js and npm comes from npm, when it is built; Ruby has no client, but the example of docs/clients.md.)
+# packages. Where some are missing, root gets them installed and others are told. (What TypeScript needs
+# beyond Node.js and npm comes from npm, when it is built; of Ruby there is the example in docs/clients.md.)
 set -euo pipefail
 
 # A command that may also have come from elsewhere, and the packages that bring it.
@@ -20,7 +20,6 @@ declare -A files=(
   [$go_root/google.golang.org/grpc/status/status.go]=golang-google-grpc-dev
   [$go_root/google.golang.org/protobuf/proto/proto.go]=golang-google-protobuf-dev
   [$go_root/github.com/golang/protobuf/internal]=golang-github-golang-protobuf-1-5-dev
-  [/usr/share/doc/ruby-grpc]=ruby-grpc
   [$jars/grpc-netty.jar]=libgrpc-java
   [$jars/protobuf.jar]=libprotobuf-java
   [$jars/guava.jar]=libguava-java
@@ -37,6 +36,7 @@ done
 for file in "${!files[@]}"; do
   [ -e "$file" ] || missing+=("${files[$file]}")
 done
+ruby -e 'require "grpc"' 2>/dev/null || missing+=(ruby-grpc)
 if [ ${#missing[@]} = 0 ]; then
   exit 0
 fi

@@ -242,11 +242,17 @@ def test_many_chats_at_once(language: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- stubs
 
 
-def test_stubs_for_more_languages_are_generated(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What buf.gen.yaml makes: a folder for each language."""
+    folder = tmp_path_factory.mktemp("stubs")
     buf = ROOT / "node_modules" / ".bin" / "buf"
-    done = subprocess.run([buf, "generate", "--output", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([buf, "generate", "--output", folder], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    stubs = tmp_path / "build" / "stubs"
+    return folder / "build" / "stubs"
+
+
+def test_stubs_for_more_languages_are_generated(stubs: Path) -> None:
     for path, word in {
         "cpp/pagoda/v1/inference.grpc.pb.h": "class InferenceService",
         "go/pagoda/v1/inference_grpc.pb.go": "type InferenceServiceClient interface",
@@ -256,3 +262,14 @@ def test_stubs_for_more_languages_are_generated(tmp_path: Path) -> None:
         "ruby/pagoda/v1/inference_services_pb.rb": "module InferenceService",
     }.items():
         assert word in (stubs / path).read_text()
+
+
+def test_the_example_in_ruby_runs_as_it_is_documented(running: Cluster, stubs: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```ruby\n(.*?)```", (ROOT / "docs" / "clients.md").read_text(), re.S)
+    program = tmp_path / "chat.rb"
+    program.write_text(example)
+    environment = {**os.environ, "PAGODA_URL": running.grpc, "STUBS": str(stubs / "ruby")}
+    done = subprocess.run(["ruby", program, QUESTION], env=environment, capture_output=True, text=True)
+    with pagoda.Client(running.grpc) as sdk:
+        want = sdk.chat([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=32).text
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{want}\n", "")
