@@ -164,7 +164,7 @@ def test_a_killed_program_frees_its_request(running: Cluster, program: Program) 
 
 def test_a_deadline_ends_the_request(running: Cluster, program: Program) -> None:
     before = total(scrape(running.metrics), "pagoda:requests_cancelled_total")
-    _, err = program.run("chat", *ENDLESS, "--deadline", "2", "Tell me a long story.", status=1)
+    _, err = program.run("chat", *ENDLESS, "--deadline", "4", "Tell me a long story.", status=1)
     assert err.startswith("error: DEADLINE_EXCEEDED: ")
     running.assert_idle()
     assert total(scrape(running.metrics), "pagoda:requests_cancelled_total") == before + 1
