@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = (".py", ".c", ".h", ".proto", ".toml")
+CODE = (".py", ".c", ".h", ".proto", ".toml", ".go", ".ts", ".cc", ".java", ".json", ".yml")
 MAX_SHOWN = 4
 
 
@@ -61,6 +61,9 @@ ROWS: tuple[Row, ...] = (
     Row("cpu-speed", "CPU speed beside peers", "python -m benchmarks.cpu --json {json}"),
     Row("exactness", "100 prompts equal transformers", _test("tests/e2e/test_exactness.py")),
     Row("streams", "200 streams, 10 minutes", _test("tests/e2e/test_streams.py")),
+    Row("listings", "programs written for ms-swift", _test("tests/e2e/test_swift.py")),
+    Row("languages", "4 clients, 100 chats each", "make test-clients"),
+    Row("dashboards", "every panel and rule, live", _test("tests/e2e/test_monitoring.py")),
 )
 
 
