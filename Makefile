@@ -27,7 +27,7 @@ SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,cluster]'
 MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker kernels clients/python/pagoda
 
 .PHONY: help setup dev model demo test verify lint types protos check-protos lint-protos bench-scheduler \
-        client-tools clients test-clients stubs cluster down prometheus boards monitoring clean
+        client-tools clients test-clients stubs browser cluster down prometheus boards monitoring clean
 
 help: ## Explain every target (this text).
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,7 +65,7 @@ model: setup ## Get the embedded model (SmolLM2-135M-Instruct), converted once a
 demo: setup model ## Start everything, ask "What is the capital of France?", print the answer, stop.
 	@$(PY) tools/demo.py
 
-test: dev model node_modules/.bin/buf .prometheus/.unpacked ## Run the tests that need no GPU (a fixed slice of the long ones included).
+test: dev model node_modules/.bin/buf .prometheus/.unpacked browser ## Run the tests that need no GPU (a fixed slice of the long ones included).
 	@command -v curl > /dev/null || { apt-get update -q && apt-get install -qy curl; }
 	$(PY) -m pytest -q -m "not full and not clients" $(PYTEST)
 
@@ -103,6 +103,9 @@ lint-protos: node_modules/.bin/buf ## Check protos/ (buf, its STANDARD rules).
 node_modules/.bin/buf: package.json tools/get_buf.sh
 	tools/get_buf.sh
 	@touch $@
+
+browser: ## Install what tests of the page at /ui need, where it is missing (Debian's chromium; by root).
+	@tools/get_chromium.sh
 
 bench-scheduler: dev ## Measure what the scheduler costs for each step.
 	$(PY) -m benchmarks.scheduler

@@ -20,6 +20,7 @@ from gateway_svc.openai.server import HttpServer, listen
 from gateway_svc.rpc.server import RpcServer
 from gateway_svc.scheduler_link import SchedulerLink
 from gateway_svc.text.tokenizer import ModelTokenizer, TokenizerError, load_tokenizer
+from gateway_svc.ui.live import LiveState
 from pagoda import models
 
 FLUSH_EVERY_S = 1.0
@@ -72,7 +73,9 @@ class GatewayServer:
         self.gateway = Gateway(settings, tokenizer, link, metrics)
         self.rpc = RpcServer(self.gateway, shares_port)
         sock = listen("--http-port", settings.http_host, settings.http_port, shares_port)
-        self.http = HttpServer(build_app(self.gateway), sock, settings.grace_s + LAST_WORDS_S)
+        self.live = LiveState(settings.scheduler, settings.token)
+        app = build_app(self.gateway, self.live)
+        self.http = HttpServer(app, sock, settings.grace_s + LAST_WORDS_S)
         self.metrics: HttpServer | None = None
         if not shares_port:  # else the parent serves the metrics of all
             sock = listen("--metrics-port", settings.metrics_host, settings.metrics_port, shares_port=False)
@@ -105,6 +108,7 @@ class GatewayServer:
         """Take nothing new, let running requests go on for the grace period, then end."""
         self._log.info("stopping", open_requests=self.gateway.link.num_open)
         self.gateway.draining = True
+        await self.live.close()
         await self.rpc.update_health()
         grace_s = self.gateway.settings.grace_s
         doors = [door.stop() for door in self._http_doors()]

@@ -20,16 +20,19 @@ from gateway_svc.openai.middleware import BodyLimit, CountRequests, TokenGuard
 from gateway_svc.openai.openapi import openapi
 from gateway_svc.openai.requests import gateway_of, new_call
 from gateway_svc.openai.responses import JsonReply, error_response
+from gateway_svc.ui import routes as ui
+from gateway_svc.ui.live import LiveState
 
 _TYPE_NAMES = frozenset(["str", "int", "float", "bool", "dict", "list"])
 
 
-def build_app(gateway: Gateway) -> ASGIApp:
+def build_app(gateway: Gateway, live: LiveState) -> ASGIApp:
     """The application with everything around it."""
     app = FastAPI(title="Pagoda", docs_url="/docs", redoc_url=None)
     app.state.gateway = gateway
+    app.state.live = live
     app.openapi = functools.partial(openapi, app)  # type: ignore[method-assign]
-    for module in (chat, completions, operations):
+    for module in (chat, completions, operations, ui):
         app.include_router(module.router)
     app.add_exception_handler(GatewayError, _on_gateway_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_body)

@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway_svc.metrics import Metrics
 from gateway_svc.openai import replies
 from gateway_svc.openai.responses import JsonReply
+from gateway_svc.ui import routes as ui
 
-OPEN_ROUTES = frozenset(["/health", "/ping", "/ready"])
+OPEN_ROUTES = frozenset(["/health", "/ping", "/ready"]) | ui.OPEN_ROUTES
 
 
 class CountRequests:
@@ -37,7 +38,7 @@ class CountRequests:
 
 
 class TokenGuard:
-    """Refuses requests without the bearer token. Health checks stay open."""
+    """Refuses requests without the bearer token. Health checks stay open, and the page that asks for it."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
