@@ -113,8 +113,8 @@ def _request(request: pb.RequestSnapshot) -> RequestState:
 
 def cells(ref_counts: Sequence[int], cached_blocks: Sequence[int]) -> list[int]:
     """Every block's cell, as runs of value and count."""
-    values = np.array(ref_counts, dtype=np.int32)
-    cached = np.array(cached_blocks, dtype=np.int64)
+    values = np.fromiter(ref_counts, np.int32, len(ref_counts))
+    cached = np.fromiter(cached_blocks, np.int64, len(cached_blocks))
     values[cached[values[cached] == 0]] = CACHED
     if not values.size:
         return []
@@ -128,7 +128,7 @@ def ranges(blocks: Sequence[int]) -> list[int]:
     """Block ids in ascending order without repetitions, as runs of first and count."""
     if not blocks:
         return []
-    ids = np.unique(np.array(blocks, dtype=np.int64))
+    ids = np.unique(np.fromiter(blocks, np.int64, len(blocks)))
     starts = np.concatenate(([0], np.flatnonzero(np.diff(ids) != 1) + 1))
     counts = np.diff(starts, append=ids.size)
     runs: list[int] = np.stack([ids[starts], counts], axis=1).ravel().tolist()

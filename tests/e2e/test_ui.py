@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import urllib.error
 import urllib.request
@@ -14,10 +15,10 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 import pagoda
-from gateway_svc.ui.live import LiveState
+from gateway_svc.ui.live import MANY_BLOCKS, LiveState
 from tests.support.browser import Browser, chromium
 from tests.support.cluster import Cluster, cluster
-from tests.support.cluster_sched import wait_until
+from tests.support.cluster_sched import scheduler, sim_worker, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -140,6 +141,27 @@ def picture(browser: Browser, folder: Path) -> None:
     assert file.stat().st_size < 300_000
 
 
+def test_an_answer_can_be_stopped_and_errors_are_said_in_words(running: Cluster, browser: Browser) -> None:
+    open_page(browser, running.url)
+    browser.run(f"document.getElementById('max-tokens').value = {ENDLESS}")
+    # From within the page, with the first text: an answer could end before this process sees it.
+    browser.run(
+        """new MutationObserver((_, observer) => {
+          if (!document.querySelector(".said[data-state=streaming] p")?.textContent) return;
+          observer.disconnect();
+          document.getElementById("stop").click();
+        }).observe(document.getElementById("log"), {subtree: true, childList: true});"""
+    )
+    browser.find("#prompt").send_keys("Write a long story of a fox, a river and a village.", Keys.ENTER)
+    wait_until(lambda: browser.text(".said[data-state=done] small") == "Stopped.", 30, "it is stopped")
+    running.assert_idle()
+    assert browser.complaints() == []
+    browser.run("document.getElementById('prompt').value = 'And then? '.repeat(20000)")
+    browser.find("#prompt").send_keys(Keys.ENTER)
+    failed = ".said[data-state=failed] small"
+    wait_until(lambda: "the model's context is" in browser.text(failed), 30, "it says why")
+
+
 def test_the_page_asks_for_the_token(running: Cluster, browser: Browser) -> None:
     guarded = dataclasses.replace(running, gateway=None)
     try:
@@ -188,3 +210,13 @@ async def test_all_viewers_share_one_watch(running: Cluster) -> None:
     assert not live.watching
     with pytest.raises(StopAsyncIteration):
         await anext(again)
+
+
+async def test_a_large_cache_is_watched_less_often_and_without_a_break() -> None:
+    with scheduler() as process, sim_worker(process.address, blocks=MANY_BLOCKS + 1):
+        live = LiveState(process.address, "")
+        async with contextlib.aclosing(live.events()) as events:
+            # The second comes from a Watch that was begun anew, with a longer interval.
+            states = [json.loads((await anext(events)).removeprefix(b"data: ")) for _ in range(4)]
+    assert [state["workers"][0]["cells"] for state in states] == [[0, MANY_BLOCKS + 1]] * 4
+    assert len({state["unix_us"] for state in states}) == 4

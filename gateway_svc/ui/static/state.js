@@ -22,8 +22,9 @@ export async function follow(onState, onTrouble) {
       }
       onTrouble("The server ended the connection; trying again.");
     } catch (error) {
-      const lost = error instanceof TypeError; // fetch says so when there is nobody to talk to
-      if (!stop.signal.aborted) onTrouble(lost ? "The server cannot be reached; trying again." : error.message);
+      // A TypeError is what fetch throws when there is nobody to talk to.
+      const words = error instanceof TypeError ? "The server cannot be reached; trying again." : error.message;
+      if (!stop.signal.aborted) onTrouble(words);
     } finally {
       document.removeEventListener("visibilitychange", leave);
     }

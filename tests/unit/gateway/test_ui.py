@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_svc.ui.live import INTERVAL_MS, INTERVAL_OF_MANY_MS, MANY_BLOCKS, interval_for
 from gateway_svc.ui.state import CACHED, cells, ranges
+from pagoda.v1 import scheduler_pb2 as pb
 from tests.unit.gateway.conftest import Running
 from tests.unit.gateway.fake_scheduler import FakeScheduler
 
@@ -53,6 +55,14 @@ async def test_a_scheduler_that_cannot_be_watched_is_said_in_words(http: httpx.A
         line = await anext(reply.aiter_lines())
     event = json.loads(line.removeprefix("data: "))
     assert "cannot be watched (UNIMPLEMENTED" in event["error"]
+
+
+def test_a_large_cache_is_asked_for_less_often() -> None:
+    half = pb.WorkerSnapshot(num_blocks=MANY_BLOCKS // 2)
+    one = pb.WorkerSnapshot(num_blocks=1)
+    assert interval_for(pb.Snapshot()) == INTERVAL_MS
+    assert interval_for(pb.Snapshot(workers=[half, half])) == INTERVAL_MS
+    assert interval_for(pb.Snapshot(workers=[half, half, one])) == INTERVAL_OF_MANY_MS
 
 
 @given(st.lists(st.integers(0, 3)), st.data())
