@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = (".py", ".c", ".h", ".proto", ".toml", ".go", ".ts", ".cc", ".java", ".json", ".yml")
+CODE = (".py", ".c", ".h", ".proto", ".toml", ".go", ".ts", ".cc", ".java", ".json", ".yml", ".js", ".html")
 MAX_SHOWN = 4
 
 
@@ -63,6 +63,7 @@ ROWS: tuple[Row, ...] = (
     Row("streams", "200 streams, 10 minutes", _test("tests/e2e/test_streams.py")),
     Row("listings", "programs written for ms-swift", _test("tests/e2e/test_swift.py")),
     Row("languages", "4 clients, 100 chats each", "make test-clients"),
+    Row("page", "the page at /ui in a browser", _test("tests/e2e/test_ui.py")),
     Row("dashboards", "every panel and rule, live", _test("tests/e2e/test_monitoring.py")),
 )
 
