@@ -20,6 +20,7 @@ ANSWERS: dict[str, tuple[type, bool]] = {
     "/v1/models/{model}": (replies.Model, False),
     "/tokenize": (replies.Tokenized, False),
     "/detokenize": (replies.Detokenized, False),
+    "/tokenizer_info": (replies.TokenizerInfo, False),
     "/health": (replies.Health, False),
     "/ping": (replies.Health, False),
     "/ready": (replies.Ready, False),

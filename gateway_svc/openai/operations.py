@@ -71,6 +71,26 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     return JsonReply(replies.Detokenized(await gateway.tokenizer.decode(body.tokens)))
 
 
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What clients need to know of the tokenizer when /tokenize and /detokenize do the work for them.
+
+    Nothing in it is hidden otherwise: a chat that is tokenized and then detokenized shows the template too.
+    """
+    gateway = gateway_of(request)
+    tokenizer = gateway.tokenizer
+    special = {role: tokenizer.special_token(role) for role in replies.SPECIAL_TOKENS}
+    return JsonReply(
+        replies.TokenizerInfo(
+            tokenizer_class="PreTrainedTokenizerFast",
+            model_max_length=gateway.model_info().max_model_len,
+            vocab_size=tokenizer.vocab_size,
+            chat_template=tokenizer.chat_template,
+            **special,
+        )
+    )
+
+
 @router.get("/health")
 @router.get("/ping")
 async def health() -> Response:

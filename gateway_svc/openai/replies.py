@@ -195,6 +195,22 @@ class Detokenized(msgspec.Struct):
     prompt: str
 
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class TokenizerInfo(msgspec.Struct):
+    """The answer to GET /tokenizer_info."""
+
+    tokenizer_class: str
+    model_max_length: int
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+
+
 class Health(msgspec.Struct):
     """The answer to GET /health."""
 

@@ -99,6 +99,17 @@ class ModelTokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{path}: cannot read the chat template: {error}") from error
 
+    @property
+    def chat_template(self) -> str | None:
+        """The model's template for chats; None where it has none, or several."""
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else None
+
+    def special_token(self, role: str) -> str | None:
+        """The text of the special token in this role ("eos_token", "bos_token", ...), if there is one."""
+        token = getattr(self._hf, role, None)
+        return None if token is None else str(token)
+
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
         return await self._in_thread(lambda: self._encode([text], add_special_tokens)[0])

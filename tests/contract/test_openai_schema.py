@@ -62,7 +62,10 @@ def api(base_url: str) -> schemathesis.BaseSchema:
 OPERATIONS = [
     *(
         ("GET", path)
-        for path in ("/v1/models", "/v1/models/{model}", "/health", "/ping", "/ready", "/version")
+        for path in (
+            *("/v1/models", "/v1/models/{model}", "/health", "/ping", "/ready", "/version"),
+            "/tokenizer_info",
+        )
     ),
     *(("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")),
     ("GET", "/metrics"),

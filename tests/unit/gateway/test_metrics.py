@@ -131,6 +131,14 @@ async def test_tokenize_and_detokenize(http: httpx.AsyncClient) -> None:
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n")
 
 
+async def test_tokenizer_info(http: httpx.AsyncClient) -> None:
+    """What lm-eval's remote tokenizer asks first."""
+    info = (await http.get("/tokenizer_info")).json()
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert (info["model_max_length"], info["vocab_size"]) == (8192, 49152)
+    assert "<|im_start|>" in info["chat_template"]
+
+
 async def test_small_routes(http: httpx.AsyncClient) -> None:
     assert (await http.get("/health")).json() == {"status": "ok"}
     assert (await http.get("/ping")).status_code == 200
