@@ -22,12 +22,15 @@ VERIFY ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# Tools of others that are run against the gateway; each has a list of pins and an environment of its own.
+DOORS := aiperf guidellm lm-eval sdks
 NEEDS := pyproject.toml clients/python/pyproject.toml
 SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,cluster]'
 MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker kernels clients/python/pagoda
 
 .PHONY: help setup dev model demo test verify lint types protos check-protos lint-protos bench-scheduler \
-        client-tools clients test-clients stubs browser cluster down prometheus boards monitoring clean
+        client-tools clients test-clients test-doors stubs browser cluster down prometheus boards monitoring \
+        clean
 
 help: ## Explain every target (this text).
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,7 +70,19 @@ demo: setup model ## Start everything, ask "What is the capital of France?", pri
 
 test: dev model node_modules/.bin/buf .prometheus/.unpacked browser ## Run the tests that need no GPU (a fixed slice of the long ones included).
 	@command -v curl > /dev/null || { apt-get update -q && apt-get install -qy curl; }
-	$(PY) -m pytest -q -m "not full and not clients" $(PYTEST)
+	$(PY) -m pytest -q -m "not full and not clients and not doors" $(PYTEST)
+
+# By themselves, for they need environments of 2 GB that nothing else needs.
+test-doors: dev model $(DOORS:%=.venv-doors/%/.installed) ## Run others' clients and benchmark tools against live services.
+	$(PY) -m pytest -q -m doors tests/e2e/test_doors.py
+
+.venv-doors/%/.installed: tests/support/doors/%.txt tools/make_venv.sh
+	@echo "== $*"
+	@mkdir -p .venv-doors
+	PYTHON=$(PYTHON) tools/make_venv.sh .venv-doors/$*
+	$(if $(filter guidellm,$*),.venv-doors/$*/bin/python -m pip install -q $(TORCH))
+	.venv-doors/$*/bin/python -m pip install -q -r $<
+	@touch $@
 
 client-tools: ## Install what clients/ is built with, where it is missing (Debian's packages; by root).
 	tools/get_client_tools.sh
@@ -130,7 +145,7 @@ monitoring: setup ## Run Prometheus against the local cluster, until Ctrl-C: PRO
 	@$(PY) tools/monitoring.py --run-dir .run --port $(PROMETHEUS_PORT) --workers $(WORKERS)
 
 clean: ## Remove what was built and installed here; the model cache stays.
-	rm -rf $(VENV) .venv-tools .prometheus node_modules .run .verify .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-tools .venv-doors .prometheus node_modules .run .verify .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf *.egg-info clients/python/*.egg-info build
 	$(MAKE) -C clients clean
