@@ -217,7 +217,7 @@ def written_by_transformers(prompt: str, max_tokens: int) -> str:
 
 
 def test_lm_eval_generates(running: Cluster, tmp_path: Path) -> None:
-    """A multiple-choice set answered by writing the letter: the same letters as transformers writes.
+    """A multiple-choice set answered by writing the choice: the same words as transformers writes.
 
     lm-eval has no tokenizer here. It finds ours through /tokenizer_info and sends token ids.
     """
@@ -237,8 +237,9 @@ def test_lm_eval_generates(running: Cluster, tmp_path: Path) -> None:
     assert counted.requests == counted.succeeded == len(samples) and counted.lost == 0
     prompts = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in samples]
     assert counted.prompt_tokens == sum(len(tokenizer().encode(prompt)) for prompt in prompts)
-    expected = [written_by_transformers(prompt, 4) for prompt in prompts]
+    expected = [written_by_transformers(prompt, 6) for prompt in prompts]
     assert [sample["filtered_resps"][0].strip() for sample in samples] == expected
     right = [text == sample["target"] for text, sample in zip(expected, samples, strict=True)]
-    accuracy = json.loads(figures.read_text())["results"]["capitals"]["exact_match,letter"]
+    accuracy = json.loads(figures.read_text())["results"]["capitals"]["exact_match,line"]
+    assert len(set(expected)) > 3, "the model does look at the questions"
     assert 0 < accuracy == pytest.approx(sum(right) / len(right))
