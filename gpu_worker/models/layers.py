@@ -31,13 +31,8 @@ class LayerLoader:
         On CUDA there are rows behind them, the table's and zeros, that make whole tiles: an odd number of
         outputs costs the vendor's library several times as long.
         """
-        if self._device.type == "cpu":
-            return _packed(self._stacked({name: num_rows}, num_columns)[:keep], None, torch.float32)
-        whole = -(-num_rows // WHOLE_ROWS) * WHOLE_ROWS
-        out = torch.empty(whole, num_columns, dtype=self._dtype, device=self._device)
-        self._weights.fill(name, out[:num_rows])
-        out[num_rows:].zero_()
-        return _packed(out, None, torch.float32)
+        table = self._stacked({name: num_rows}, num_columns, multiple_of=WHOLE_ROWS)
+        return _packed(table[:keep] if self._device.type == "cpu" else table, None, torch.float32)
 
     def layer(self, index: int, caches: tuple[torch.Tensor, torch.Tensor]) -> Layer:
         """One layer over its keys and values, q, k and v in one matrix, gate and up in another."""
@@ -69,19 +64,22 @@ class LayerLoader:
         biases = [self.tensor(f"{place}.{name}.bias", rows) for name, rows in parts.items() if has_bias]
         return _packed(weight, torch.cat(biases) if biases else None)
 
-    def _stacked(self, parts: dict[str, int], num_columns: int) -> torch.Tensor:
+    def _stacked(self, parts: dict[str, int], num_columns: int, multiple_of: int = 1) -> torch.Tensor:
         """Matrices one above the other: their names and numbers of rows.
 
         A device's are filled in the background, each in its place, and must not be read before the source's
-        `finish`: there is never a second copy, and the next ones are asked for meanwhile.
+        `finish`: there is never a second copy, and the next ones are asked for meanwhile. Zeros behind them
+        make the number of rows a multiple of `multiple_of`.
         """
         if self._device.type == "cpu":
             matrices = [self.tensor(name, rows, num_columns) for name, rows in parts.items()]
             return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
-        shape = sum(parts.values()), num_columns
+        rows = sum(parts.values())
+        shape = -(-rows // multiple_of) * multiple_of, num_columns
         out = torch.empty(shape, dtype=self._dtype, device=self._device)
-        for name, part in zip(parts, out.split(list(parts.values())), strict=True):
+        for name, part in zip(parts, out[:rows].split(list(parts.values())), strict=True):
             self._weights.fill(name, part)
+        out[rows:].zero_()
         return out
 
 

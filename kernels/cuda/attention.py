@@ -182,6 +182,9 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
             MIN_TILES: tl.constexpr, SETUP: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
             HAS_TABLE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program's share of all units; their order is row, kv head, and then SETUP and the head's tiles."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     counts = _tiles(query_start, seq_lens, num_rows, window, BLOCK_B, BLOCK_N, RAGGED, WINDOW)
     units = tl.where(counts > 0, counts + SETUP, 0)
@@ -194,9 +197,6 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, tables, table_r
     in_q = (m_range[:, None] < GROUP) & (d_range[None, :] < D)
     unfinished = -1  # the head that this program begins and others finish
     row, head, begin, count = _find(unit, units, ends, HK, BLOCK_B)
-    if PDL:  # the kernel in front makes q, k and v; lengths are older
-        gdc_wait()
-        gdc_launch_dependents()
     while unit < stop:
         end = tl.minimum(begin + count, stop)
         low, high = tl.maximum(unit - begin - SETUP, 0), tl.maximum(end - begin - SETUP, 0)  # of its tiles
