@@ -26,6 +26,7 @@ from pagoda.models import EMBEDDED_MODEL
 from tests.support.cluster import assert_idle, free_port
 from tests.support.cluster_sched import wait_until
 from tests.support.metrics import scrape
+from tests.support.supervised import started
 from tools import monitoring
 from tools.boards.ask import Prometheus
 
@@ -87,21 +88,11 @@ def monitored(run_dir: Path) -> Iterator[Stack]:
             worker_args=WORKER,
         )
     )
-    programs = programs_of(spec)
-    supervisor = Supervisor(programs, run_dir)
-    supervisor.start()
-    try:
-        with prometheus(run_dir) as asked:
-            stack = Stack(spec, supervisor, run_dir, asked)
-            stack.wait_ready()
-            yield stack
-            assert_idle(spec.scheduler_target)
-    except BaseException:
-        for program in programs:
-            print(f"--- the end of {program.name}'s log\n{supervisor.log_tail(program.name)}")
-        raise
-    finally:
-        supervisor.stop()
+    with started(programs_of(spec), run_dir) as supervisor, prometheus(run_dir) as asked:
+        stack = Stack(spec, supervisor, run_dir, asked)
+        stack.wait_ready()
+        yield stack
+        assert_idle(spec.scheduler_target)
 
 
 @contextlib.contextmanager

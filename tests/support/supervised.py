@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pagoda.cli.cluster import ClusterSpec, programs_of, with_ports
+from pagoda.cli.cluster import ClusterSpec, Program, programs_of, with_ports
 from pagoda.cli.supervise import Supervisor
 from pagoda.v1 import scheduler_pb2 as pb
 from tests.support.cluster import assert_idle, snapshot
@@ -111,16 +111,23 @@ def supervised(
         )
     )
     programs = [program for program in programs_of(spec) if program.tier != "gateway"]
-    supervisor = Supervisor(programs, run_dir)
-    running = Supervised(supervisor, spec.scheduler_target, workers, record)
-    supervisor.start()
-    try:
+    with started(programs, run_dir) as supervisor:
+        running = Supervised(supervisor, spec.scheduler_target, workers, record)
         wait_until(
             lambda: running.has_logged("scheduler", "listening"), START_TIMEOUT_S, "the scheduler listens"
         )
         running.wait_attached()
         yield running
         assert_idle(running.address)
+
+
+@contextlib.contextmanager
+def started(programs: list[Program], run_dir: Path) -> Iterator[Supervisor]:
+    """Programs under a supervisor that is stopped at the end; a failure inside prints how their logs end."""
+    supervisor = Supervisor(programs, run_dir)
+    supervisor.start()
+    try:
+        yield supervisor
     except BaseException:
         for program in programs:
             print(f"--- the end of {program.name}'s log\n{supervisor.log_tail(program.name)}")
