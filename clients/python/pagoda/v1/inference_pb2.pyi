@@ -31,6 +31,7 @@ class GenerateRequest(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model name; empty is the one that is served."""
     text: builtins.str
@@ -67,6 +68,10 @@ class GenerateRequest(google.protobuf.message.Message):
         their text is sent again.
         """
 
+    @property
+    def structured_output(self) -> global___StructuredOutput:
+        """structured_output that each sample must follow."""
+
     def __init__(
         self,
         *,
@@ -82,9 +87,10 @@ class GenerateRequest(google.protobuf.message.Message):
         priority: builtins.int | None = ...,
         cache_salt: builtins.str = ...,
         resume: collections.abc.Iterable[pagoda.v1.scheduler_pb2.ResumedSample] | None = ...,
+        structured_output: global___StructuredOutput | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_str_in_output", b"include_stop_str_in_output", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_str_in_output", b"include_stop_str_in_output", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
     @typing.overload
@@ -93,6 +99,64 @@ class GenerateRequest(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["prompt", b"prompt"]) -> typing.Literal["text", "chat", "token_ids"] | None: ...
 
 global___GenerateRequest = GenerateRequest
+
+@typing.final
+class StructuredOutput(google.protobuf.message.Message):
+    """StructuredOutput is a form that an output must have."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JSON_OBJECT_FIELD_NUMBER: builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: builtins.int
+    REGEX_FIELD_NUMBER: builtins.int
+    CHOICE_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    json_object: builtins.bool
+    """json_object asks for any JSON object."""
+    json_schema: builtins.str
+    """json_schema asks for JSON that this schema admits."""
+    regex: builtins.str
+    """regex asks for a whole match."""
+    grammar: builtins.str
+    """grammar in Lark's form, as llguidance reads it."""
+    @property
+    def choice(self) -> global___Choices:
+        """choice asks for one of these."""
+
+    def __init__(
+        self,
+        *,
+        json_object: builtins.bool = ...,
+        json_schema: builtins.str = ...,
+        regex: builtins.str = ...,
+        choice: global___Choices | None = ...,
+        grammar: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["form", b"form"]) -> typing.Literal["json_object", "json_schema", "regex", "choice", "grammar"] | None: ...
+
+global___StructuredOutput = StructuredOutput
+
+@typing.final
+class Choices(google.protobuf.message.Message):
+    """Choices are texts of which an output is one."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: builtins.int
+    @property
+    def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """texts, at least one."""
+
+    def __init__(
+        self,
+        *,
+        texts: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["texts", b"texts"]) -> None: ...
+
+global___Choices = Choices
 
 @typing.final
 class Chat(google.protobuf.message.Message):
@@ -174,6 +238,7 @@ class GenerateResponse(google.protobuf.message.Message):
     STOP_REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index of the sample, 0 to n - 1."""
     text: builtins.str
@@ -196,6 +261,10 @@ class GenerateResponse(google.protobuf.message.Message):
     def usage(self) -> pagoda.v1.scheduler_pb2.Usage:
         """usage comes with the last message of the stream."""
 
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pagoda.v1.scheduler_pb2.TokenLogprob]:
+        """prompt_logprobs of the prompt's tokens after the first, when asked for."""
+
     def __init__(
         self,
         *,
@@ -207,9 +276,10 @@ class GenerateResponse(google.protobuf.message.Message):
         stop_reason: builtins.str = ...,
         usage: pagoda.v1.scheduler_pb2.Usage | None = ...,
         request_id: builtins.str = ...,
+        prompt_logprobs: collections.abc.Iterable[pagoda.v1.scheduler_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___GenerateResponse = GenerateResponse
 

@@ -144,6 +144,8 @@ class SamplingParams(google.protobuf.message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """temperature [1]: 0 is greedy."""
     top_k: builtins.int
@@ -170,6 +172,14 @@ class SamplingParams(google.protobuf.message.Message):
     """ignore_eos [false]: EOS does not end a sample."""
     logprobs: builtins.int
     """logprobs [none]: report each token's logprob, and this many alternatives (0 to 20)."""
+    grammar: builtins.str
+    """grammar [none] that the output must follow, as llguidance writes one (JSON). The session, or another
+    one before it, must have told the vocabulary.
+    """
+    prompt_logprobs: builtins.int
+    """prompt_logprobs [none]: report the logprob of each prompt token after the first, and this many
+    alternatives (0 to 20). Such a request takes no prefix hits.
+    """
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
         """logit_bias added to the logits of these ids."""
@@ -196,9 +206,11 @@ class SamplingParams(google.protobuf.message.Message):
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         ignore_eos: builtins.bool | None = ...,
         logprobs: builtins.int | None = ...,
+        grammar: builtins.str = ...,
+        prompt_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
@@ -215,6 +227,8 @@ class SamplingParams(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_n", b"_n"]) -> typing.Literal["n"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_presence_penalty", b"_presence_penalty"]) -> typing.Literal["presence_penalty"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]) -> typing.Literal["prompt_logprobs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_repetition_penalty", b"_repetition_penalty"]) -> typing.Literal["repetition_penalty"] | None: ...
     @typing.overload
@@ -317,6 +331,7 @@ class GenerateTokensResponse(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     FINISH_REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index of the sample, 0 to n - 1."""
     finish_reason: global___FinishReason.ValueType
@@ -333,6 +348,10 @@ class GenerateTokensResponse(google.protobuf.message.Message):
     def usage(self) -> global___Usage:
         """usage comes with the last message of the stream."""
 
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprob]:
+        """prompt_logprobs of the prompt's tokens after the first, when asked for, before anything is drawn."""
+
     def __init__(
         self,
         *,
@@ -341,9 +360,10 @@ class GenerateTokensResponse(google.protobuf.message.Message):
         logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
         finish_reason: global___FinishReason.ValueType = ...,
         usage: global___Usage | None = ...,
+        prompt_logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___GenerateTokensResponse = GenerateTokensResponse
 
@@ -416,6 +436,7 @@ class SessionRequest(google.protobuf.message.Message):
     HELLO_FIELD_NUMBER: builtins.int
     SUBMIT_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
+    VOCABULARY_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___SessionHello:
         """hello is the first message of the stream."""
@@ -428,16 +449,21 @@ class SessionRequest(google.protobuf.message.Message):
     def stop(self) -> global___StopBatch:
         """stop ends requests or samples."""
 
+    @property
+    def vocabulary(self) -> global___Vocabulary:
+        """vocabulary tells what the tokens stand for, before the first request with a grammar."""
+
     def __init__(
         self,
         *,
         hello: global___SessionHello | None = ...,
         submit: global___SubmitBatch | None = ...,
         stop: global___StopBatch | None = ...,
+        vocabulary: global___Vocabulary | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "submit", "stop"] | None: ...
+    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "vocabulary", b"vocabulary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "vocabulary", b"vocabulary"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "submit", "stop", "vocabulary"] | None: ...
 
 global___SessionRequest = SessionRequest
 
@@ -458,6 +484,36 @@ class SessionHello(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["client_name", b"client_name"]) -> None: ...
 
 global___SessionHello = SessionHello
+
+@typing.final
+class Vocabulary(google.protobuf.message.Message):
+    """Vocabulary is what grammars are matched against: bytes, which neither a scheduler nor a worker reads as text."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: builtins.int
+    SPECIAL_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    EOS_TOKEN_ID_FIELD_NUMBER: builtins.int
+    eos_token_id: builtins.int
+    """eos_token_id ends an output that its grammar lets end."""
+    @property
+    def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """tokens holds the bytes of each id; empty for ids that stand for nothing."""
+
+    @property
+    def special_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """special_token_ids are ids that no text makes, EOS among them."""
+
+    def __init__(
+        self,
+        *,
+        tokens: collections.abc.Iterable[builtins.bytes] | None = ...,
+        special_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        eos_token_id: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["eos_token_id", b"eos_token_id", "special_token_ids", b"special_token_ids", "tokens", b"tokens"]) -> None: ...
+
+global___Vocabulary = Vocabulary
 
 @typing.final
 class SubmitBatch(google.protobuf.message.Message):
@@ -633,6 +689,9 @@ class OutputColumns(google.protobuf.message.Message):
     USAGE_HANDLES_FIELD_NUMBER: builtins.int
     USAGES_FIELD_NUMBER: builtins.int
     FAILURES_FIELD_NUMBER: builtins.int
+    PROMPT_HANDLES_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     @property
     def handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """handles, one a row."""
@@ -677,6 +736,20 @@ class OutputColumns(google.protobuf.message.Message):
     def failures(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RequestFailure]:
         """failures are requests that were refused or failed; nothing more comes for them."""
 
+    @property
+    def prompt_handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """prompt_handles are requests whose prompts' logprobs come here."""
+
+    @property
+    def num_prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """num_prompt_logprobs is parallel to prompt_handles: how many of prompt_logprobs are that request's. They
+        continue where those of earlier messages ended.
+        """
+
+    @property
+    def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprob]:
+        """prompt_logprobs, one request's after another's."""
+
     def __init__(
         self,
         *,
@@ -691,8 +764,11 @@ class OutputColumns(google.protobuf.message.Message):
         usage_handles: collections.abc.Iterable[builtins.int] | None = ...,
         usages: collections.abc.Iterable[global___Usage] | None = ...,
         failures: collections.abc.Iterable[global___RequestFailure] | None = ...,
+        prompt_handles: collections.abc.Iterable[builtins.int] | None = ...,
+        num_prompt_logprobs: collections.abc.Iterable[builtins.int] | None = ...,
+        prompt_logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "failures", b"failures", "handles", b"handles", "indexes", b"indexes", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_tokens", b"num_tokens", "tokens", b"tokens", "usage_handles", b"usage_handles", "usages", b"usages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "failures", b"failures", "handles", b"handles", "indexes", b"indexes", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_tokens", b"num_tokens", "prompt_handles", b"prompt_handles", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "usage_handles", b"usage_handles", "usages", b"usages"]) -> None: ...
 
 global___OutputColumns = OutputColumns
 

@@ -14,6 +14,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import pagoda.v1.scheduler_pb2
 import sys
 import typing
 
@@ -94,6 +95,7 @@ class AttachResponse(google.protobuf.message.Message):
 
     START_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    VOCABULARY_FIELD_NUMBER: builtins.int
     @property
     def start(self) -> global___SessionStart:
         """start answers Hello, and is sent once."""
@@ -102,15 +104,20 @@ class AttachResponse(google.protobuf.message.Message):
     def step(self) -> global___Step:
         """step is one unit of work."""
 
+    @property
+    def vocabulary(self) -> pagoda.v1.scheduler_pb2.Vocabulary:
+        """vocabulary is sent once, before the first row with a grammar."""
+
     def __init__(
         self,
         *,
         start: global___SessionStart | None = ...,
         step: global___Step | None = ...,
+        vocabulary: pagoda.v1.scheduler_pb2.Vocabulary | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["message", b"message", "start", b"start", "step", b"step"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "start", b"start", "step", b"step"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["start", "step"] | None: ...
+    def HasField(self, field_name: typing.Literal["message", b"message", "start", b"start", "step", b"step", "vocabulary", b"vocabulary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["message", b"message", "start", b"start", "step", b"step", "vocabulary", b"vocabulary"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["start", "step", "vocabulary"] | None: ...
 
 global___AttachResponse = AttachResponse
 
@@ -384,6 +391,7 @@ class NewRow(google.protobuf.message.Message):
     BLOCKS_FIELD_NUMBER: builtins.int
     LAST_POSITION_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     slot: builtins.int
     """slot to fill."""
     parent_slot: builtins.int
@@ -397,6 +405,8 @@ class NewRow(google.protobuf.message.Message):
     """num_computed is how many leading tokens have their KV in blocks already (prefix hits)."""
     last_position: builtins.int
     """last_position = min(prompt + max_tokens, max_model_len): the row is full with this many tokens."""
+    traceparent: builtins.str
+    """traceparent is the W3C trace context of the row's request, when it is traced."""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """tokens are prompt and output so far."""
@@ -420,9 +430,10 @@ class NewRow(google.protobuf.message.Message):
         blocks: collections.abc.Iterable[builtins.int] | None = ...,
         last_position: builtins.int = ...,
         sampling: global___RowSampling | None = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_parent_slot", b"_parent_slot", "parent_slot", b"parent_slot", "sampling", b"sampling"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_parent_slot", b"_parent_slot", "blocks", b"blocks", "last_position", b"last_position", "num_computed", b"num_computed", "num_prompt_tokens", b"num_prompt_tokens", "parent_slot", b"parent_slot", "sampling", b"sampling", "slot", b"slot", "tokens", b"tokens"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_parent_slot", b"_parent_slot", "blocks", b"blocks", "last_position", b"last_position", "num_computed", b"num_computed", "num_prompt_tokens", b"num_prompt_tokens", "parent_slot", b"parent_slot", "sampling", b"sampling", "slot", b"slot", "tokens", b"tokens", "traceparent", b"traceparent"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_parent_slot", b"_parent_slot"]) -> typing.Literal["parent_slot"] | None: ...
 
 global___NewRow = NewRow
@@ -446,6 +457,8 @@ class RowSampling(google.protobuf.message.Message):
     MIN_TOKENS_FIELD_NUMBER: builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: builtins.int
+    GRAMMAR_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """temperature; absent or 0 is greedy."""
     top_k: builtins.int
@@ -466,6 +479,12 @@ class RowSampling(google.protobuf.message.Message):
     """min_tokens of output before any stop id may be drawn."""
     num_logprobs: builtins.int
     """num_logprobs, when set, asks for the logprob of each drawn token and of this many best."""
+    grammar: builtins.str
+    """grammar that the output follows, as llguidance writes one."""
+    num_prompt_logprobs: builtins.int
+    """num_prompt_logprobs, when set, asks for the logprob of each prompt token after the first and of this
+    many best.
+    """
     @property
     def bias_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """bias_token_ids and bias_values are pairs added to the logits."""
@@ -494,15 +513,19 @@ class RowSampling(google.protobuf.message.Message):
         min_tokens: builtins.int = ...,
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         num_logprobs: builtins.int | None = ...,
+        grammar: builtins.str = ...,
+        num_prompt_logprobs: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_logprobs", b"_num_logprobs", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_logprobs", b"_num_logprobs", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "bias_token_ids", b"bias_token_ids", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_num_logprobs", b"_num_logprobs", "_num_prompt_logprobs", b"_num_prompt_logprobs", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "bias_token_ids", b"bias_token_ids", "bias_values", b"bias_values", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "min_p", b"min_p", "min_tokens", b"min_tokens", "num_logprobs", b"num_logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_min_p", b"_min_p"]) -> typing.Literal["min_p"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_num_logprobs", b"_num_logprobs"]) -> typing.Literal["num_logprobs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_num_prompt_logprobs", b"_num_prompt_logprobs"]) -> typing.Literal["num_prompt_logprobs"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_presence_penalty", b"_presence_penalty"]) -> typing.Literal["presence_penalty"] | None: ...
     @typing.overload
@@ -535,6 +558,9 @@ class StepResult(google.protobuf.message.Message):
     DEVICE_US_FIELD_NUMBER: builtins.int
     IDLE_US_FIELD_NUMBER: builtins.int
     CHECKSUM_FIELD_NUMBER: builtins.int
+    PROMPT_ROWS_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """epoch of the session."""
     step_id: builtins.int
@@ -565,6 +591,20 @@ class StepResult(google.protobuf.message.Message):
     def logprobs(self) -> global___LogprobColumns:
         """logprobs of the rows that asked for them."""
 
+    @property
+    def prompt_rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """prompt_rows are indexes into the step's rows whose prompts' logprobs come here."""
+
+    @property
+    def num_prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """num_prompt_logprobs is parallel to prompt_rows: how many of prompt_logprobs are that row's."""
+
+    @property
+    def prompt_logprobs(self) -> global___LogprobColumns:
+        """prompt_logprobs of prompt tokens, one row's after another's; a chunk reports on the tokens that follow
+        its own, as far as the prompt goes.
+        """
+
     def __init__(
         self,
         *,
@@ -578,9 +618,12 @@ class StepResult(google.protobuf.message.Message):
         device_us: builtins.int = ...,
         idle_us: builtins.int = ...,
         checksum: builtins.int | None = ...,
+        prompt_rows: collections.abc.Iterable[builtins.int] | None = ...,
+        num_prompt_logprobs: collections.abc.Iterable[builtins.int] | None = ...,
+        prompt_logprobs: global___LogprobColumns | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "logprobs", b"logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "device_us", b"device_us", "ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "epoch", b"epoch", "idle_us", b"idle_us", "logprobs", b"logprobs", "num_sampled", b"num_sampled", "step_id", b"step_id", "tokens", b"tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "device_us", b"device_us", "ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "epoch", b"epoch", "idle_us", b"idle_us", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_sampled", b"num_sampled", "prompt_logprobs", b"prompt_logprobs", "prompt_rows", b"prompt_rows", "step_id", b"step_id", "tokens", b"tokens"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___StepResult = StepResult
