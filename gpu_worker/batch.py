@@ -214,13 +214,13 @@ class Padding:
         """Sizes whose graphs waste little: fine steps where a product's time still depends on them."""
         steps = ((8, 64, 8), (64, 128, 16), (128, 256, 32), (256, 4096, 64))
         rows = [1, 2, 4, *_sizes(*steps)]
-        # A token that pads costs what any other does, and what lies beyond keeps the device busy for longer
-        # than the host needs to launch it.
-        tokens = _sizes((64, 512, 64), (512, 2048, 128), (2048, 4097, 512))
+        # A token that pads costs what any other does. Without a graph a small model's device waits for the
+        # host in every step, however many tokens it has: full batches have one, too.
+        tokens = _sizes((64, 512, 64), (512, 2048, 128), (2048, max_tokens, 512))
         return cls(
             rows=(*(size for size in rows if size < max_slots), max_slots),
-            chunk_rows=tuple(sorted({min(size, max_slots) for size in (64, 256)})),
-            chunk_tokens=tuple(size for size in tokens if size <= max_tokens),
+            chunk_rows=tuple(sorted({min(size, max_slots) for size in (64, 256, 512, max_slots)})),
+            chunk_tokens=(*(size for size in tokens if size < max_tokens), max_tokens),
             lean_rows=min(16, max_slots),
         )
 
