@@ -211,11 +211,11 @@ class Padding:
 
     @classmethod
     def for_graphs(cls, max_slots: int, max_tokens: int) -> Padding:
-        """Sizes whose graphs waste little: fine steps where a product's time still depends on them."""
+        """Sizes whose graphs waste little, for batches of up to `max_tokens`: fine steps where a product's
+        time still depends on them."""
         steps = ((8, 64, 8), (64, 128, 16), (128, 256, 32), (256, 4096, 64))
         rows = [1, 2, 4, *_sizes(*steps)]
-        # A token that pads costs what any other does. Without a graph a small model's device waits for the
-        # host in every step, however many tokens it has: full batches have one, too.
+        # A token that pads costs what any other does.
         tokens = _sizes((64, 512, 64), (512, 2048, 128), (2048, max_tokens, 512))
         return cls(
             rows=(*(size for size in rows if size < max_slots), max_slots),

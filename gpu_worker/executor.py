@@ -19,6 +19,9 @@ from pagoda.internal.v1 import worker_pb2
 OnResult = Callable[[worker_pb2.StepResult], None]
 OnFailure = Callable[[BaseException], None]
 
+# Without a step for so long, a worker is at rest: under any load the next one comes sooner.
+REST_S = 0.25
+
 
 @dataclass
 class _Reset:
@@ -101,9 +104,7 @@ class DeviceExecutor:
         broken = False
         while True:
             waited = self._queue.empty()
-            if waited:
-                self._capture_while_idle()
-            item = self._queue.get()
+            item = self._next()
             if item is None:
                 return
             if isinstance(item, _Reset):
@@ -126,12 +127,19 @@ class DeviceExecutor:
                 self._on_failure(error)
                 return
 
-    def _capture_while_idle(self) -> None:
-        """Capture the graphs that are still to come, for as long as there is nothing else to do."""
+    def _next(self) -> worker_pb2.Step | _Reset | None:
+        """What to do next. At rest, graphs are captured until it comes, and memory is given back that only
+        the largest steps need: a step would wait for either."""
         graphs = self._runner.graphs
-        while graphs is not None and self._queue.empty() and graphs.num_wanted:
-            graphs.capture_next()
-            self._metrics.graphs(graphs.num_wanted)
+        if graphs is not None:
+            try:
+                return self._queue.get(timeout=REST_S)
+            except queue.Empty:
+                while self._queue.empty() and graphs.num_wanted:
+                    graphs.capture_next()
+                    self._metrics.graphs(graphs.num_wanted)
+                torch.cuda.empty_cache()
+        return self._queue.get()
 
     def _step(self, step: worker_pb2.Step, started: float, idle: float) -> float:
         """Run one step; returns when the host was done with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,7 +96,6 @@ def place_on_cuda(
         ModelError: the model cannot be loaded.
     """
     trial = replace(_limits(settings, files.config), num_blocks=1)
-    padding = Padding.for_graphs(trial.max_slots, trial.max_batched_tokens)
     with _compiled_ahead(files, dtype, trial, device, log) as rehearsal:
         cache = KVCache(files.config, 1, trial.block_size, dtype, device)
         model = _model(files, cache, dtype, device, trial, log)
@@ -105,7 +105,7 @@ def place_on_cuda(
     log.info("weights loaded", gib=round(torch.cuda.memory_allocated(device) / memory.GIB, 1))
     num_blocks = settings.num_blocks
     try:
-        budget = _measure(settings, trial, runner, padding, device)
+        budget, padding = _measure(settings, trial, runner, device)
         num_blocks = memory.num_blocks(
             budget, block_bytes(files.config, trial.block_size, dtype), _all_slots(trial), 1, num_blocks
         )
@@ -125,18 +125,32 @@ def place_on_cuda(
 
 
 def _measure(
-    settings: WorkerSettings, trial: Limits, runner: Runner, padding: Padding, device: torch.device
-) -> memory.Budget:
-    """Where the device's memory goes when the largest batches run. Raises ValueError when they do not fit."""
+    settings: WorkerSettings, trial: Limits, runner: Runner, device: torch.device
+) -> tuple[memory.Budget, Padding]:
+    """Where the device's memory goes when the largest batches run, and for which batches there are graphs.
+    Raises ValueError when they do not fit."""
     in_use, total = memory.used_bytes(device)
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
+        padding = Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
     shapes = padding.shapes()
     with memory.measured(device) as pool, torch.inference_mode():
         for size in (lambda shape: shape.tokens, lambda shape: shape.samples):
             runner.rehearse(max(shapes, key=size))
     graphs = pool.bytes + GRAPH_BYTES * len(shapes)
-    return memory.Budget(total, settings.gpu_memory_utilization, in_use, forward.bytes, graphs)
+    return memory.Budget(total, settings.gpu_memory_utilization, in_use, forward.bytes, graphs), padding
+
+
+def _launch_bound(runner: Runner, limits: Limits) -> int:
+    """Up to how many tokens a batch is worth a graph: those with which a device is busy for twice as long as
+    the host is with launching them. With a small model those are all that a step may have."""
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    runner.rehearse(_largest(limits))
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    share = 2 * (launched - begun) / (time.perf_counter() - begun)
+    return min(limits.max_batched_tokens, -(-int(share * limits.max_batched_tokens) // 512) * 512)
 
 
 def _largest(limits: Limits) -> Shape:
