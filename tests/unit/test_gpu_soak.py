@@ -217,10 +217,12 @@ def test_requests_that_are_left_and_workers_that_were_lost_are_seen():
     assert idle_problems(pb.Snapshot(), EPOCH)
 
 
-def looks(device: list[float], scheduler: list[float]) -> list[Memory]:
+def looks(device: list[float], scheduler: list[float], worker: list[float] | None = None) -> list[Memory]:
     return [
-        Memory(2000 + 4500 * i, 10.0 * i, on_device, {"scheduler": mib, "worker": 900.0})
-        for i, (on_device, mib) in enumerate(zip(device, scheduler, strict=True))
+        Memory(2000 + 4500 * i, 10.0 * i, on_device, {"scheduler": mib, "worker": of_worker})
+        for i, (on_device, mib, of_worker) in enumerate(
+            zip(device, scheduler, worker or [900.0] * 5, strict=True)
+        )
     ]
 
 
@@ -234,3 +236,12 @@ def test_memory_that_settles_is_fine_and_memory_that_grows_is_seen():
     worse = [45.0 + 1.1 * (mib - 45.0) for mib in leaking]
     assert growth_problems(looks([9000] * 5, leaking)) == []
     assert "the scheduler grew by 31 MiB" in growth_problems(looks([9000] * 5, worse))[0]
+
+
+def test_a_worker_may_capture_graphs_for_a_while_and_not_for_ever():
+    device, flat = [9000.0] * 5, [45.0] * 5
+    assert growth_problems(looks(device, flat, [1065, 1211, 1272, 1278, 1280])) == []
+    problem = growth_problems(looks(device, flat, [1065, 1100, 1140, 1180, 1220]))
+    assert len(problem) == 1 and "the worker grew by 80 MiB in the last 9000 requests" in problem[0]
+    problem = growth_problems(looks(device, flat, [1065, 1365, 1366, 1366, 1366]))
+    assert len(problem) == 1 and "the worker grew by 301 MiB in the last 18000 requests" in problem[0]
