@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from gateway_svc.errors import InvalidField
 from gateway_svc.text.detokenize import TokenBytes
 from gateway_svc.text.gguf_tokenizer import load_gguf_tokenizer
+from gateway_svc.text.qwen_tokenizer import QWEN_VOCABULARY, load_qwen_tokenizer
 
 # A folder is complete or is refused: nothing is looked for in the network. The import reads these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -67,7 +68,10 @@ def load_tokenizer(path: Path, threads: int = 2) -> ModelTokenizer:
             backend, extras = load_gguf_tokenizer(path)
             return ModelTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **extras), threads)
         if not (path / "tokenizer.json").is_file():
-            raise TokenizerError(f"{path}: holds no tokenizer.json")
+            if not (path / QWEN_VOCABULARY).is_file():
+                raise TokenizerError(f"{path}: holds no tokenizer.json (and no {QWEN_VOCABULARY})")
+            backend, extras = load_qwen_tokenizer(path / QWEN_VOCABULARY)
+            return ModelTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **extras), threads)
         return ModelTokenizer(PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True), threads)
     except TokenizerError:
         raise

