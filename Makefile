@@ -25,8 +25,8 @@ PY := $(VENV)/bin/python
 # Tools of others that are run against the gateway; each has a list of pins and an environment of its own.
 DOORS := aiperf guidellm lm-eval sdks
 NEEDS := pyproject.toml clients/python/pyproject.toml
-SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,cluster]'
-MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker kernels clients/python/pagoda
+SERVER := -e 'clients/python[cli]' -e '.[gateway,worker,fallback,cluster]'
+MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker hf_backend kernels clients/python/pagoda
 
 .PHONY: help setup dev model demo test verify lint types protos check-protos lint-protos bench-scheduler \
         client-tools clients test-clients test-doors stubs browser cluster down prometheus boards monitoring \

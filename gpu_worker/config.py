@@ -21,6 +21,9 @@ class WorkerSettings(ServiceSettings):
         "", description="Name that clients use; empty: the last part of the model's path."
     )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy draws random weights.")
+    model_impl: Literal["auto", "native", "transformers"] = Field(
+        "auto", description="Whose layers to run; auto: transformers' where an architecture is not native."
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="Of dummy weights.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="What to run on.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -17,6 +17,7 @@ from gpu_worker.batch import Padding, Shape
 from gpu_worker.config import WorkerSettings
 from gpu_worker.kv_cache import KVCache, block_bytes
 from gpu_worker.models.config import ModelConfig
+from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import ModelFiles
 from gpu_worker.runner import Runner
@@ -105,7 +106,7 @@ def place_on_cuda(
     log.info("weights loaded", gib=round(torch.cuda.memory_allocated(device) / memory.GIB, 1))
     num_blocks = settings.num_blocks
     try:
-        budget, padding = _measure(settings, trial, runner, device)
+        budget, padding = _measure(settings, files, trial, runner, device)
         num_blocks = memory.num_blocks(
             budget, block_bytes(files.config, trial.block_size, dtype), _all_slots(trial), 1, num_blocks
         )
@@ -125,15 +126,18 @@ def place_on_cuda(
 
 
 def _measure(
-    settings: WorkerSettings, trial: Limits, runner: Runner, device: torch.device
-) -> tuple[memory.Budget, Padding]:
+    settings: WorkerSettings, files: ModelFiles, trial: Limits, runner: Runner, device: torch.device
+) -> tuple[memory.Budget, Padding | None]:
     """Where the device's memory goes when the largest batches run, and for which batches there are graphs.
     Raises ValueError when they do not fit."""
     in_use, total = memory.used_bytes(device)
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
-        padding = Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
-    shapes = padding.shapes()
+        # Graphs hold what never looks at the device: transformers' modules do.
+        padding = None
+        if files.build is None:
+            padding = Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
+    shapes = padding.shapes() if padding else [_largest(trial)]
     with memory.measured(device) as pool, torch.inference_mode():
         for size in (lambda shape: shape.tokens, lambda shape: shape.samples):
             runner.rehearse(max(shapes, key=size))
@@ -195,11 +199,12 @@ def _model(
     device: torch.device,
     limits: Limits,
     log: structlog.stdlib.BoundLogger,
-) -> Llama:
+) -> Decoder:
     def progress(done: int, of: int) -> None:
         log.info("loading", done_gb=round(done / 1e9, 1), of_gb=round(of / 1e9, 1))
 
-    return Llama(
+    build: Callable[..., Decoder] = files.build or Llama
+    return build(
         files.config,
         files.weights(progress),
         cache,

@@ -9,7 +9,7 @@ import torch
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.graphs import NUM_FIRST, Graphs
 from gpu_worker.kv_cache import KVCache
-from gpu_worker.models.llama import Llama
+from gpu_worker.models.decoder import Decoder
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
 from kernels.rows import accept, fork
@@ -39,7 +39,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Llama,
+        model: Decoder,
         cache: KVCache,
         rows: Rows,
         limits: Limits,

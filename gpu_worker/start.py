@@ -56,7 +56,8 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
     device, dtype = _device(settings), _dtype(settings)
     name = settings.served_model_name or models.served_name(settings.model)
     try:
-        files = open_model(models.resolve(settings.model), settings.load_format, settings.seed)
+        path, how = models.resolve(settings.model), settings.load_format
+        files = open_model(path, how, settings.seed, settings.model_impl, dtype)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
         load = place_on_cpu if device.type == "cpu" else place_on_cuda
         limits, runner = load(settings, files, dtype, device, log)

@@ -89,6 +89,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise ModelError(f"{path}: {error}") from None
 
 
+def is_native(folder: Path) -> bool:
+    """Whether the folder's architecture is one of ours. Raises ModelError."""
+    return _architecture(_read_json(folder / "config.json")) in ARCHITECTURES
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    return str(next(iter(raw.get("architectures") or ["(none)"])))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
@@ -102,7 +111,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_huggingface(raw: dict[str, Any], generation: dict[str, Any], path: Path) -> ModelConfig:
-    architecture = next(iter(raw.get("architectures") or ["(none)"]))
+    architecture = _architecture(raw)
     if architecture not in ARCHITECTURES:
         raise ModelError(f"{path}: architecture {architecture} is not served; {', '.join(ARCHITECTURES)} are")
     family = ARCHITECTURES[architecture]

@@ -9,6 +9,7 @@ at a time (`stream.py`); they are there when `finish` has returned.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import threading
 import time
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gpu_worker.models.config import ModelConfig, ModelError, read_config
+from gpu_worker.models.config import ModelConfig, ModelError, is_native, read_config
 from gpu_worker.models.stream import Span, Streamer, StreamError
 
 DIGEST_SAMPLES = 64
@@ -213,21 +214,40 @@ class ModelFiles:
     digest: str
     vocab_size: int
     """Ids that the tokenizer knows; what the embedding has beyond is padding."""
-    weights: Callable[..., WeightSource]
-    """Called once with, optionally, what is to hear how many bytes of how many are loaded."""
+    weights: Callable[..., Any]
+    """Called once with, optionally, what is to hear how many bytes of how many are loaded: a `WeightSource`,
+    or what else `build` takes."""
+    build: Callable[..., Any] | None = None
+    """Makes the model, with `Llama`'s arguments; None for `Llama`."""
 
 
-def open_model(path: Path, load_format: str, seed: int) -> ModelFiles:
+def open_model(
+    path: Path,
+    load_format: str,
+    seed: int,
+    model_impl: str = "native",
+    dtype: torch.dtype = torch.float32,
+) -> ModelFiles:
     """Look at a Hugging Face folder or a GGUF file.
 
     Args:
         path: the folder or file.
         load_format: "auto" reads the weights that lie there, "dummy" draws them at random.
         seed: of the random weights.
+        model_impl: "native"; "transformers" for its modules, which read the weights now; "auto" for these
+            where a folder's architecture is not native.
+        dtype: of transformers' modules.
 
     Raises:
         ModelError: it is no model that can be served; the message names what is wrong with which file.
     """
+    if path.is_dir() and (model_impl == "transformers" or (model_impl == "auto" and not is_native(path))):
+        try:
+            backend = importlib.import_module("hf_backend")
+        except ImportError as error:
+            raise ModelError(f"{path}: not a native model, and transformers is missing: {error}") from error
+        opened: ModelFiles = backend.open_model(path, load_format, seed, dtype)
+        return opened
     if path.is_dir():
         config, vocab_size = read_config(path), None
         vocab_size = min(config.vocab_size, tokenizer_vocab_size(path) or config.vocab_size)

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIERS = ("scheduler_svc", "gateway_svc", "gpu_worker", "kernels")
+TIERS = ("scheduler_svc", "gateway_svc", "gpu_worker", "hf_backend", "kernels")
 NEVER = {
-    "scheduler_svc": {"torch", "transformers", "tokenizers", "gpu_worker", "gateway_svc", "kernels"},
-    "gateway_svc": {"torch", "scheduler_svc", "gpu_worker", "kernels"},
-    "gpu_worker": {"scheduler_svc", "gateway_svc", "transformers"},
-    "kernels": {"scheduler_svc", "gateway_svc", "gpu_worker", "transformers"},
+    "scheduler_svc": {
+        *("torch", "transformers", "tokenizers", "gpu_worker", "gateway_svc", "hf_backend", "kernels"),
+    },
+    "gateway_svc": {"torch", "scheduler_svc", "gpu_worker", "hf_backend", "kernels"},
+    "gpu_worker": {"scheduler_svc", "gateway_svc", "hf_backend", "transformers"},
+    "hf_backend": {"scheduler_svc", "gateway_svc"},
+    "kernels": {"scheduler_svc", "gateway_svc", "gpu_worker", "hf_backend", "transformers"},
 }
 NEVER_IN_CORE = {
     "grpc",

@@ -115,13 +115,14 @@ class Device:
         dtype: torch.dtype = torch.float32,
         padding: Padding | None = None,
         place: torch.device = CPU,
+        model_impl: str = "native",
         **changes: int,
     ) -> None:
         """With `padding`, batches are padded; a CUDA device runs such ones from graphs."""
         self.limits = limits(**changes)
-        self.files = open_model(path, "auto", 0)
+        self.files = open_model(path, "auto", 0, model_impl, dtype)
         self.cache = KVCache(self.files.config, self.limits.num_blocks, self.limits.block_size, dtype, place)
-        self.model = Llama(
+        self.model = (self.files.build or Llama)(
             self.files.config,
             self.files.weights(),
             self.cache,

@@ -1,0 +1,31 @@
+"""What the runner asks of a model, whoever wrote its layers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from gpu_worker.kv_cache import KVCache
+from kernels.layer import Step
+
+
+class Decoder(Protocol):
+    """`gpu_worker.models.llama.Llama` says what each of these is.
+
+    Attributes:
+        vocab_size: ids that there are.
+        num_logits: of a token, at least `vocab_size`.
+        rotations: goes into each forward's `Step`.
+    """
+
+    vocab_size: int
+    rotations: torch.Tensor
+
+    @property
+    def num_logits(self) -> int: ...
+    def use(self, cache: KVCache) -> None: ...
+    def forward(self, token_ids: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def logits(
+        self, hidden: torch.Tensor, delta: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
