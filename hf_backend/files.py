@@ -45,6 +45,7 @@ def open_model(path: Path, load_format: str, seed: int, dtype: torch.dtype) -> M
             something else than keys and values of each token.
     """
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with _named(path):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -97,7 +98,9 @@ def _read(path: Path, dtype: torch.dtype) -> Any:
         if names := found.get(kind):
             raise ModelError(f"{path}: {kind.replace('_', ' ')}: {sorted(map(str, names))[:3]}")
     if names := found.get("unexpected_keys"):
-        structlog.get_logger("worker").warning("tensors without a place", names=sorted(names)[:3])
+        structlog.get_logger().bind(service="worker").warning(
+            "tensors without a place", names=sorted(names)[:3]
+        )
     return module
 
 

@@ -121,7 +121,10 @@ class TransformersModel:
     @torch.inference_mode()
     def _choose(self, length: int) -> None:
         """Flat where that is right, else row by row where that is."""
-        log, by_itself = structlog.get_logger("worker"), self._module.config._attn_implementation
+        log, by_itself = (
+            structlog.get_logger().bind(service="worker"),
+            self._module.config._attn_implementation,
+        )
         rows = [torch.arange(min(sum(cut), length)) * 7 % self.config.vocab_size for _, cut in TRIAL]
         rows = [row.to(self._device) for row in rows]
         expected = [self._module(row.unsqueeze(0), use_cache=False).logits[0].float() for row in rows]

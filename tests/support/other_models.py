@@ -128,11 +128,12 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 
 
-def other_model(kind: str, folder: Path) -> Any:
-    """The model, float32, every weight random (biases, norms and sinks too), saved to `folder`."""
+def other_model(kind: str, folder: Path, **changes: Any) -> Any:
+    """The model, float32, every weight random (biases, norms and sinks too), saved to `folder`; `changes` are
+    of its configuration."""
     name, values, _ = KINDS[kind]
     torch.manual_seed(sorted(KINDS).index(kind))
-    config = getattr(transformers, f"{name}Config")(**values)
+    config = getattr(transformers, f"{name}Config")(**{**values, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
