@@ -23,6 +23,8 @@ from kernels.attention import paged_attention
 from kernels.layer import Step
 
 NAME = "pagoda_paged"
+# Scores that are computed at a time, in plain torch.
+SCORES = 1 << 26
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -125,17 +127,20 @@ def torch_attention(
             continue
         keys, values = pages.read(tables[row], length, k.shape[1], k.shape[2], v.shape[2])
         keys, values = (x.float().repeat_interleave(group, dim=0) for x in (keys, values))
-        scores = q[first:end].transpose(0, 1).float() @ keys.transpose(1, 2) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
         position = torch.arange(length - (end - first), length, device=q.device).unsqueeze(1)
-        seen = rule(zero, zero, position, torch.arange(length, device=q.device))
-        scores = scores.masked_fill(~seen, float("-inf"))
-        if sinks is not None:
-            column = sinks.float().view(-1, 1, 1).expand(-1, end - first, 1)
-            scores = torch.cat((scores, column), dim=-1)
-        weights = scores.softmax(-1)[..., :length]
-        out[first:end] = (weights @ values).transpose(0, 1).to(q.dtype)
+        token = torch.arange(length, device=q.device)
+        piece = max(1, SCORES // (q.shape[1] * length))
+        pieces = (x.split(piece) for x in (q[first:end], position, out[first:end]))
+        for queries, at, into in zip(*pieces, strict=True):
+            scores = queries.transpose(0, 1).float() @ keys.transpose(1, 2) * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~rule(zero, zero, at, token), float("-inf"))
+            if sinks is not None:
+                column = sinks.float().view(-1, 1, 1).expand(-1, len(at), 1)
+                scores = torch.cat((scores, column), dim=-1)
+            weights = scores.softmax(-1)[..., :length]
+            into.copy_((weights @ values).transpose(0, 1))
     return out
 
 

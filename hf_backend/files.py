@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ def _shape(module: Any, config: Any, path: Path) -> ModelConfig:
         qk_norm=False,
         sliding_windows=(None,) * len(kept),
         eos_token_ids=() if ends is None else tuple([ends] if isinstance(ends, int) else ends),
-        raw={"model_impl": "transformers", **config.to_dict()},
+        raw={"model_impl": "transformers", **json.loads((path / "config.json").read_bytes())},
     )
 
 

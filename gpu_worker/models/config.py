@@ -157,18 +157,18 @@ def _renamed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("scale_attn_weights", True):
         raise ModelError(f"{path}: rotary_pct other than 1 and unscaled attention are not served")
-    if raw["kv_channels"] * raw["num_attention_heads"] != raw["hidden_size"]:
-        raise ModelError(f"{path}: kv_channels of all heads are not hidden_size")
-    has_bias = not raw.get("no_bias", True)
-    return raw | {
-        "intermediate_size": raw["intermediate_size"] // 2,
-        "head_dim": raw["kv_channels"],
-        "rms_norm_eps": raw["layer_norm_epsilon"],
-        "max_position_embeddings": raw["seq_length"],
-        "rope_theta": raw.get("rotary_emb_base", 10_000.0),
-        "attention_bias": has_bias,
-        "mlp_bias": has_bias,
-    }
+    biases = dict.fromkeys(("attention_bias", "mlp_bias"), not raw.get("no_bias", True))
+    return (
+        raw
+        | biases
+        | {
+            "intermediate_size": raw["intermediate_size"] // 2,
+            "head_dim": raw["kv_channels"],
+            "rms_norm_eps": raw["layer_norm_epsilon"],
+            "max_position_embeddings": raw["seq_length"],
+            "rope_theta": raw.get("rotary_emb_base", 10_000.0),
+        }
+    )
 
 
 def check(config: ModelConfig, path: Path) -> ModelConfig:

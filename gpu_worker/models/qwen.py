@@ -42,8 +42,7 @@ def _thirds(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
     rows, num_bytes = stored.shape[0] // len(FUSED), stored.num_bytes // len(FUSED)
     for i, part in enumerate(FUSED):
         span = stored.span and replace(stored.span, offset=stored.span.offset + i * num_bytes)
-        shape = (rows, *stored.shape[1:])
-        read = partial(_rows, stored.read, i * rows, rows)
+        read, shape = partial(_rows, stored.read, i * rows, rows), (rows, *stored.shape[1:])
         yield name.replace("c_attn", part), Stored(stored.file, shape, read, num_bytes, span)
 
 

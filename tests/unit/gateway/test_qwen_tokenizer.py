@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gateway_svc.text.tokenizer import ModelTokenizer, TokenizerError, load_tokenizer
+from pagoda.swift.engine import LazyTokenizer
 from pagoda.swift.templates import QWEN_JINJA
 from tests.unit.gateway.qwen_tokenizer import qwen_tiktoken
 
@@ -118,6 +119,12 @@ async def test_chats_are_chatml(ours: ModelTokenizer) -> None:
         assert await ours.encode_chat(messages) == expected(want)
     head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
     assert await ours.encode_chat(chats[0]) == expected(head + "<|im_start|>assistant\n")
+
+
+def test_the_sdks_engine_has_it_too(tmp_path: Path) -> None:
+    (tmp_path / "qwen.tiktoken").symlink_to(qwen_tiktoken())
+    tokenizer = LazyTokenizer("qwen-7b-chat", tmp_path)
+    assert tokenizer.encode("晚上睡不着觉怎么办？<|im_end|>") == expected("晚上睡不着觉怎么办？<|im_end|>")
 
 
 @pytest.mark.parametrize("damage", [b"", b"no ranks", b"!!!! 0\n", b"QQ== x\n", b"(cut)"])

@@ -70,6 +70,29 @@ def test_layers_of_several_widths_share_pages(tmp_path: Path) -> None:
     assert device.generate(0, prompt(30), 8) == want[0, 30:].tolist()
 
 
+def test_weights_in_pytorchs_own_files(other: Other, tmp_path: Path) -> None:
+    model, folder = other("opt")
+    for file in ("config.json", "generation_config.json"):
+        shutil.copy(folder / file, tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    tokens = [Device(path, model_impl="auto").generate(0, prompt(30), 8) for path in (folder, tmp_path)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_model_with_eyes_reads_text(tmp_path: Path) -> None:
+    """Gemma 3 from 4B on: the decoder's configuration is a part of the model's."""
+    text = {**LLAMA_LIKE, "head_dim": 32, "sliding_window": 9, "layer_types": ["sliding_attention"] * 3}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"image_size": 28, "patch_size": 14}
+    folder = saved("Gemma3", tmp_path, text_config=text, vision_config=vision | sizes, mm_tokens_per_image=4)
+    device = Device(folder, model_impl="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    sequence = device.add(0, prompt(30))
+    device.step({0: 30})
+    expected = harness.reference_logits(model, sequence.tokens[:30])[-1:]
+    torch.testing.assert_close(device.logits[0], expected, atol=2e-4, rtol=1e-4)
+
+
 def test_random_weights(other: Other, tmp_path: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         shutil.copy(other("gpt2")[1] / file, tmp_path)

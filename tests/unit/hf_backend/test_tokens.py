@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpu_worker.batch import Padding
+from hf_backend import attention
 from tests.support.other_models import KINDS
 from tests.unit.hf_backend.conftest import Other
 from tests.unit.worker.harness import Device, prompt, reference_logits
@@ -82,8 +83,10 @@ def test_forks_copies_of_blocks_and_ends(other: Other, kind: str) -> None:
     assert child.ended and child.tokens[21:] == want[: want.index(want[4]) + 1]
 
 
-def test_flat_logits_are_transformers(other: Other) -> None:
-    """Every position's, whatever is beside it in the batch."""
+@pytest.mark.parametrize("scores", [1 << 26, 500])
+def test_flat_logits_are_transformers(other: Other, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many scores are computed at a time."""
+    monkeypatch.setattr(attention, "SCORES", scores)
     model, folder = other("gemma2")
     device = Device(folder, model_impl="auto")
     sequence = device.add(0, prompt(30))

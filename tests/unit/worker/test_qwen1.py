@@ -73,7 +73,6 @@ def test_ids_beyond_the_vocabulary_are_cut(pair: tuple[Path, Path]) -> None:
     [
         ({"rotary_pct": 0.5}, "rotary_pct"),
         ({"scale_attn_weights": False}, "unscaled"),
-        ({"kv_channels": 8}, "kv_channels"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantiz"),
     ],
 )

@@ -104,6 +104,11 @@ class LazyTokenizer:
         folder = self._model_dir or folder_of(self._model_type, may_download=False)
         if folder.is_file():
             return AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name, local_files_only=True)
+        if not (folder / "tokenizer.json").is_file() and (ranks := folder / "qwen.tiktoken").is_file():
+            from gateway_svc.text.qwen_tokenizer import load_qwen_tokenizer  # is where such a model is
+
+            backend, extras = load_qwen_tokenizer(ranks)
+            return PreTrainedTokenizerFast(tokenizer_object=backend, **extras)
         # AutoTokenizer imports torch; the other one reads the same file without it.
         has_file = (folder / "tokenizer.json").is_file()
         load: Any = PreTrainedTokenizerFast if has_file else AutoTokenizer
