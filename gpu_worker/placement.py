@@ -134,9 +134,7 @@ def _measure(
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
         # Graphs hold what never looks at the device: transformers' modules do.
-        padding = None
-        if files.build is None:
-            padding = Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
+        padding = None if files.build else Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
     shapes = padding.shapes() if padding else [_largest(trial)]
     with memory.measured(device) as pool, torch.inference_mode():
         for size in (lambda shape: shape.tokens, lambda shape: shape.samples):

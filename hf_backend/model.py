@@ -157,6 +157,8 @@ class TransformersModel:
             counts = [
                 min(cut[turn], len(row) - n) for (_, cut), row, n in zip(TRIAL, rows, done, strict=True)
             ]
+            if not any(counts):
+                break
             parts = [row[n : n + count] for row, n, count in zip(rows, done, counts, strict=True)]
             logits, _ = self.forward(torch.cat(parts).int(), self._trial_step(done, counts))
             for i, part in enumerate(logits.split(counts)):

@@ -157,18 +157,15 @@ def _renamed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("scale_attn_weights", True):
         raise ModelError(f"{path}: rotary_pct other than 1 and unscaled attention are not served")
-    biases = dict.fromkeys(("attention_bias", "mlp_bias"), not raw.get("no_bias", True))
-    return (
-        raw
-        | biases
-        | {
-            "intermediate_size": raw["intermediate_size"] // 2,
-            "head_dim": raw["kv_channels"],
-            "rms_norm_eps": raw["layer_norm_epsilon"],
-            "max_position_embeddings": raw["seq_length"],
-            "rope_theta": raw.get("rotary_emb_base", 10_000.0),
-        }
-    )
+    return {
+        **raw,
+        **dict.fromkeys(("attention_bias", "mlp_bias"), not raw.get("no_bias", True)),
+        "intermediate_size": raw["intermediate_size"] // 2,
+        "head_dim": raw["kv_channels"],
+        "rms_norm_eps": raw["layer_norm_epsilon"],
+        "max_position_embeddings": raw["seq_length"],
+        "rope_theta": raw.get("rotary_emb_base", 10_000.0),
+    }
 
 
 def check(config: ModelConfig, path: Path) -> ModelConfig:

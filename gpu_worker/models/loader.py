@@ -222,11 +222,7 @@ class ModelFiles:
 
 
 def open_model(
-    path: Path,
-    load_format: str,
-    seed: int,
-    model_impl: str = "native",
-    dtype: torch.dtype = torch.float32,
+    path: Path, load_format: str, seed: int, model_impl: str = "native", dtype: torch.dtype = torch.float32
 ) -> ModelFiles:
     """Look at a Hugging Face folder or a GGUF file.
 
@@ -241,13 +237,12 @@ def open_model(
     Raises:
         ModelError: it is no model that can be served; the message names what is wrong with which file.
     """
-    if path.is_dir() and (model_impl == "transformers" or (model_impl == "auto" and not is_native(path))):
+    if model_impl == "transformers" or (model_impl == "auto" and path.is_dir() and not is_native(path)):
         try:
             backend = importlib.import_module("hf_backend")
         except ImportError as error:
             raise ModelError(f"{path}: not a native model, and transformers is missing: {error}") from error
-        opened: ModelFiles = backend.open_model(path, load_format, seed, dtype)
-        return opened
+        return backend.open_model(path, load_format, seed, dtype)
     if path.is_dir():
         config, vocab_size = read_config(path), None
         vocab_size = min(config.vocab_size, tokenizer_vocab_size(path) or config.vocab_size)

@@ -32,8 +32,8 @@ def llama_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     """The same tensors by Llama's names; one whose name is unknown keeps it."""
     renamed: dict[str, Stored] = {}
     for name, stored in tensors.items():
-        for ours, llamas in NAMES.items():
-            name = name.replace(ours, llamas)
+        for theirs, llamas in NAMES.items():
+            name = name.replace(theirs, llamas)
         renamed.update(_thirds(name, stored) if "c_attn" in name else {name: stored})
     return renamed
 

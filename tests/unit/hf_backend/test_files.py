@@ -142,6 +142,12 @@ def test_what_cannot_be_read_is_refused_and_named(other: Other, tmp_path: Path) 
     refused("martian")
 
 
+def test_a_gguf_is_not_for_transformers(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"model\.gguf: transformers cannot run it"):
+        open_model(tmp_path / "model.gguf", "auto", 0, "transformers")
+
+
 def test_without_transformers_the_error_says_so(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hf_backend", None)
     with pytest.raises(ModelError, match="transformers is missing"):

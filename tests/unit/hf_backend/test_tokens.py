@@ -62,6 +62,14 @@ def test_padded_batches(other: Other, kind: str) -> None:
         assert tokens[length:] == generated(model, tokens[:length], len(tokens) - length)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bloom"])
+def test_sequences_shorter_than_the_trial(other: Other, kind: str) -> None:
+    model, folder = other(kind)
+    device = Device(folder, model_impl="auto", max_len=12)
+    assert device.model._is_flat == KINDS[kind][2]
+    assert device.generate(0, prompt(6), 5) == generated(model, prompt(6), 5)
+
+
 @pytest.mark.parametrize("kind", ["phi3", "falcon"])
 def test_forks_copies_of_blocks_and_ends(other: Other, kind: str) -> None:
     model, folder = other(kind)
