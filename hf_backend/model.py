@@ -98,9 +98,7 @@ class TransformersModel:
                 continue
             row = Row(step.slot_mapping[first:end], tables[i], length)
             of = [place for place, token in enumerate(wanted) if first <= token < end]
-            kept = torch.tensor(
-                [wanted[place] - first for place in of], dtype=torch.int64, device=self._device
-            )
+            kept = torch.tensor([wanted[place] - first for place in of], device=self._device).long()
             logits[of] = self._call(token_ids[first:end], step.positions[first:end], row, kept)
         return logits
 
@@ -121,10 +119,7 @@ class TransformersModel:
     @torch.inference_mode()
     def _choose(self, length: int) -> None:
         """Flat where that is right, else row by row where that is."""
-        log, by_itself = (
-            structlog.get_logger().bind(service="worker"),
-            self._module.config._attn_implementation,
-        )
+        by_itself = self._module.config._attn_implementation
         rows = [torch.arange(min(sum(cut), length)) * 7 % self.config.vocab_size for _, cut in TRIAL]
         rows = [row.to(self._device) for row in rows]
         expected = [self._module(row.unsqueeze(0), use_cache=False).logits[0].float() for row in rows]
@@ -140,6 +135,7 @@ class TransformersModel:
                 reason = f"{type(error).__name__}: {error}"
             if reason is None:
                 how = "flat batches, paged attention" if self._is_flat else "row by row"
+                log = structlog.get_logger().bind(service="worker")
                 log.info("transformers runs the model", how=how, because=reasons)
                 return
             reasons.append(reason)
