@@ -38,6 +38,9 @@ class ServiceSettings(BaseSettings):
     metrics_alias: Literal["none", "vllm"] = Field(
         "none", description="vllm: publish the metrics that vLLM has under its names, too."
     )
+    otlp_traces_endpoint: str = Field(
+        "", description="URL that traces are sent to, as http://127.0.0.1:4317; empty: no traces."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged."
     )

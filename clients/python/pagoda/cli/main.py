@@ -56,6 +56,9 @@ def serve(
         int, typer.Option(min=0, max=65500, help="First port of /metrics; 0 takes any.")
     ] = 9400,
     metrics_alias: Annotated[Text, typer.Option(help="vllm: metrics under vLLM's names, too.")] = None,
+    otlp_traces_endpoint: Annotated[
+        Text, typer.Option(help="URL that traces are sent to, as http://127.0.0.1:4317.")
+    ] = None,
     processes: Annotated[Number, typer.Option(min=1, help="Gateway processes that share its ports.")] = None,
     served_model_name: Annotated[Text, typer.Option(help="Name that clients ask for.")] = None,
     max_inflight: Annotated[Number, typer.Option(help="Steps sent ahead of their results; 1 is off.")] = None,
@@ -122,7 +125,7 @@ def _spec(given: dict[str, Any]) -> Any:
     )
     return ClusterSpec(
         **{name: given[name] for name in same},
-        common_args=flags("config", "log_level", "metrics_alias")
+        common_args=flags("config", "log_level", "metrics_alias", "otlp_traces_endpoint")
         + (("--insecure",) if given["insecure"] else ()),
         scheduler_args=flags("max_inflight", "horizon_ms", "max_batched_tokens", "max_waiting", "record")
         + {None: (), True: ("--prefix-cache",), False: ("--no-prefix-cache",)}[given["prefix_cache"]],
