@@ -23,7 +23,9 @@ from gateway_svc.errors import (
 from gateway_svc.generation import Generation, GenerationSpec, Job
 from gateway_svc.metrics import Metrics
 from gateway_svc.scheduler_link import SchedulerLink
+from gateway_svc.spans import Spans
 from gateway_svc.text.tokenizer import Message, ModelTokenizer
+from pagoda.tracing import traceparent_of
 from pagoda.v1 import scheduler_pb2 as pb
 
 MAX_REQUEST_ID_BYTES = 128
@@ -54,15 +56,22 @@ class Call:
     arrived_at: float
     stream: bool = False
     max_tokens: int | None = None
+    span: Any = None  # of OpenTelemetry, where requests are traced
 
 
 class Gateway:
     """The text tier, without its doors."""
 
     def __init__(
-        self, settings: GatewaySettings, tokenizer: ModelTokenizer, link: SchedulerLink, metrics: Metrics
+        self,
+        settings: GatewaySettings,
+        tokenizer: ModelTokenizer,
+        link: SchedulerLink,
+        metrics: Metrics,
+        spans: Spans | None = None,
     ) -> None:
         self.settings = settings
+        self.spans = spans
         self.tokenizer = tokenizer
         self.link = link
         self.metrics = metrics
@@ -143,6 +152,8 @@ class Gateway:
             Unavailable, Overloaded: they are not admitted.
         """
         job = Job(self.metrics, call.arrived_at, call.stream)
+        if call.span is not None:
+            job.traceparent = traceparent_of(call.span)
         try:
             self.model_info()
             for spec in specs:
@@ -179,7 +190,10 @@ class Gateway:
                 self.metrics.failed(error.status.name.lower())
         for generation in generations:
             self._observe(call, generation)
-        self._log_end(call, job, error, left)
+        fields = self._summary(call, job, error, left)
+        self._log.info("request_end", **fields)
+        if self.spans is not None:
+            self.spans.end(call, job, fields)
 
     def _release(self, job: Job) -> None:
         for generation in job.generations:
@@ -204,7 +218,9 @@ class Gateway:
             if sample.finish_reason:
                 metrics.success(FINISH_NAMES[sample.finish_reason])
 
-    def _log_end(self, call: Call, job: Job | None, error: GatewayError | None, cancelled: bool) -> None:
+    def _summary(
+        self, call: Call, job: Job | None, error: GatewayError | None, cancelled: bool
+    ) -> dict[str, Any]:
         """One line for each request's end. Never its text."""
         fields: dict[str, Any] = {
             "request_id": call.request_id,
@@ -226,7 +242,7 @@ class Gateway:
                 "completion_tokens": sum(g.num_output_tokens for g in generations),
                 "ttft_s": round(min(firsts) - call.arrived_at, 4) if firsts else None,
             }
-        self._log.info("request_end", **fields)
+        return fields
 
 
 def usage_of(job: Job) -> pb.Usage:

@@ -157,6 +157,7 @@ class Generation:
             sampling=spec.sampling,
             priority=spec.priority,
             cache_salt=spec.cache_salt,
+            traceparent=self.job.traceparent,
         )
         if self.first_token_at is not None:
             request.resume.extend(
@@ -212,6 +213,7 @@ class Job:
         self.metrics = metrics
         self.arrived_at = arrived_at
         self.streams = streams
+        self.traceparent = ""  # of its span, where it is traced
         self.generations: list[Generation] = []
         self.error: GatewayError | None = None  # the first one of a generation
         self.cancelled = False

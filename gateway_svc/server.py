@@ -19,9 +19,11 @@ from gateway_svc.openai.app import build_app
 from gateway_svc.openai.server import HttpServer, listen
 from gateway_svc.rpc.server import RpcServer
 from gateway_svc.scheduler_link import SchedulerLink
+from gateway_svc.spans import Spans
 from gateway_svc.text.tokenizer import ModelTokenizer, TokenizerError, load_tokenizer
 from gateway_svc.ui.live import LiveState
 from pagoda import models
+from pagoda.tracing import Tracing
 
 FLUSH_EVERY_S = 1.0
 LAST_WORDS_S = 2.0  # for clients to be told that their requests end, after the grace period
@@ -70,7 +72,9 @@ class GatewayServer:
         name = f"gateway-{socket.gethostname()}-{os.getpid()}"
         link = SchedulerLink(settings.scheduler, settings.token, name, settings.max_requests)
         metrics = Metrics(settings.served_name, alias=settings.metrics_alias)
-        self.gateway = Gateway(settings, tokenizer, link, metrics)
+        self.tracing = Tracing.start(settings.otlp_traces_endpoint, "gateway")
+        spans = Spans(self.tracing, settings.served_name) if self.tracing is not None else None
+        self.gateway = Gateway(settings, tokenizer, link, metrics, spans)
         self.rpc = RpcServer(self.gateway, shares_port)
         sock = listen("--http-port", settings.http_host, settings.http_port, shares_port)
         self.live = LiveState(settings.scheduler, settings.token)
@@ -120,6 +124,8 @@ class GatewayServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     def _http_doors(self) -> list[HttpServer]:
         return [self.http] if self.metrics is None else [self.http, self.metrics]

@@ -64,8 +64,11 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     return JsonReply(replies.Error(detail), error.status_code, dict(error.headers or {}))
 
 
-async def _on_fault(_: Request, __: Exception) -> Response:
+async def _on_fault(request: Request, __: Exception) -> Response:
     """Anything else is our fault; the traceback goes to the log."""
+    spans = gateway_of(request).spans
+    if spans is not None and hasattr(request.state, "call"):
+        spans.fault(request.state.call)
     return error_response(GatewayError("a fault in the gateway"))
 
 

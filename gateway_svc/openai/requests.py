@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from gateway_svc.gateway import MAX_REQUEST_ID_BYTES, Call, Gateway, new_request_id
+from pagoda.tracing import contexts_in
 
 
 class _StrictJsonRequest(Request):
@@ -47,4 +48,9 @@ def new_call(request: Request, request_id: str | None, stream: bool, max_tokens:
     header = request.headers.get("x-request-id", "")
     usable = header.isascii() and header.isprintable() and len(header) <= MAX_REQUEST_ID_BYTES - 8
     name = request_id or (header if usable else "") or new_request_id()
-    return Call(request.url.path, name, time.monotonic(), stream, max_tokens)
+    call = Call(request.url.path, name, time.monotonic(), stream, max_tokens)
+    if (spans := gateway_of(request).spans) is not None:
+        operation = "chat" if "/chat/" in call.route else "text_completion"
+        spans.begin(call, operation, contexts_in(request.headers.items()))
+        request.state.call = call
+    return call

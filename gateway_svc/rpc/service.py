@@ -21,6 +21,7 @@ from gateway_svc.gateway import (
 )
 from gateway_svc.generation import GenerationSpec, Job, Sample
 from gateway_svc.text.tokenizer import Message
+from pagoda.tracing import contexts_in
 from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import inference_pb2_grpc as rpc
 from pagoda.v1 import scheduler_pb2
@@ -44,6 +45,9 @@ class InferenceService(rpc.InferenceServiceServicer):
         max_tokens = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else None
         name = request.request_id or new_request_id()
         call = Call("Generate", name, time.monotonic(), stream=True, max_tokens=max_tokens)
+        if gateway.spans is not None:
+            operation = "chat" if request.HasField("chat") else "text_completion"
+            gateway.spans.begin(call, operation, contexts_in(context.invocation_metadata()))
         job: Job | None = None
         failure: GatewayError | None = GatewayError("a fault in the gateway")  # unless we get to know better
         try:
