@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pagoda import logs
+from pagoda.tracing import Tracing
 from pagoda.transport import SERVER_OPTIONS, server_interceptors
 from scheduler_svc import control, session, worker_hub
 from scheduler_svc.config import SchedulerSettings
@@ -41,6 +42,7 @@ class Service:
         self._metrics = Metrics()
         self._core = Scheduler(settings.core())
         self._engine = Engine(self._core, settings.max_waiting, self._metrics, log, self._recorder)
+        self._engine.tracing = Tracing.start(settings.otlp_traces_endpoint, "scheduler")
         self._hub = worker_hub.WorkerHub(self._engine, settings.max_inflight, log)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._changed = asyncio.Event()
@@ -68,6 +70,8 @@ class Service:
                 task.cancel()
             await server.stop(GRACE_S)
             await metrics.close()
+            if self._engine.tracing is not None:
+                await asyncio.to_thread(self._engine.tracing.close)
             if self._recorder is not None:
                 self._recorder.close()
             self._log.info("ended")

@@ -82,6 +82,7 @@ def _fill_row(message: wire.NewRow, row: NewRow) -> None:
     message.num_computed = row.num_computed
     message.blocks.extend(row.blocks)
     message.last_position = row.last_position
+    message.traceparent = row.traceparent
     _fill_sampling(message.sampling, row.sampling)
 
 

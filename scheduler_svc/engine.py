@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
+from pagoda.tracing import Tracing, sampled
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.codec import encode_step
 from scheduler_svc.core.events import (
@@ -37,6 +38,7 @@ from scheduler_svc.core.snapshot import Snapshot
 from scheduler_svc.errors import DuplicateRequest, NoWorker, QueueFull, SchedulerError
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.record import Recorder
+from scheduler_svc.spans import record_end
 from scheduler_svc.validation import ServedModel, check_request
 
 
@@ -60,6 +62,7 @@ class _Live(NamedTuple):
     key: int
     session: int
     handle: int
+    trace: Callable[[RequestEnd], None] | None
 
 
 class Engine:
@@ -76,6 +79,7 @@ class Engine:
     ) -> None:
         self.core = core
         self.metrics = metrics
+        self.tracing: Tracing | None = None
         self.model: ServedModel | None = None
         self.workers: dict[str, WorkerAttached] = {}
         self.devices: dict[str, str] = {}
@@ -167,7 +171,12 @@ class Engine:
         seed = random.getrandbits(64)
         checked = check_request(request, self.model, self._max_slots, self.core.refusal, seed)
         self._next_key += 1
-        self._live[request_id] = _Live(self._next_key, session, handle)
+        traceparent = sampled(request.traceparent)
+        trace = None
+        if self.tracing is not None and traceparent:
+            num_resumed = sum(len(sample.token_ids) for sample in request.resume)
+            trace = partial(record_end, self.tracing, traceparent, num_resumed)
+        self._live[request_id] = _Live(self._next_key, session, handle, trace)
         self._num_arriving += 1
         self._post(
             RequestArrived(
@@ -182,6 +191,7 @@ class Engine:
                 priority=checked.priority,
                 cache_salt=checked.cache_salt,
                 resume=checked.resume,
+                traceparent=traceparent,
             )
         )
         return self._next_key
@@ -261,8 +271,10 @@ class Engine:
             if sink is not None:
                 sink.deliver(output)
             for end in output.ended:
-                self._live.pop(end.request_id, None)
+                live = self._live.pop(end.request_id, None)
                 self._late.append(partial(self._ended, end))
+                if live is not None and live.trace is not None:
+                    self._late.append(partial(live.trace, end))
         for live, index in self._aborted:
             if live.session in self.sinks:
                 self.sinks[live.session].sample_aborted(live.handle, index)

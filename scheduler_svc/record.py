@@ -23,7 +23,7 @@ from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import Event, Outputs, Plan
 from scheduler_svc.core.scheduler import Scheduler
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FLUSH_BYTES = 1 << 20
 FRAME_HEAD = struct.Struct("<II")  # length and checksum of a frame
 

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import structlog
 
+from pagoda.tracing import server_span
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.codec import encode_output, fill_logprob, fill_usage, split_rows
 from scheduler_svc.core.events import Finish, RequestEnd, SessionOutput
@@ -243,17 +244,19 @@ class SchedulerService:
         self, request: pb.GenerateTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """One request of a direct client; its deadline and its leaving cancel it."""
-        outbox = Outbox(self._engine)
-        try:
+        given = request.traceparent or context.invocation_metadata()
+        with server_span(self._engine.tracing, "GenerateTokens", given) as request.traceparent:
+            outbox = Outbox(self._engine)
             try:
-                outbox.submit(0, request)
-            except SchedulerError as error:
-                await abort(context, error)
-            await outbox.stream.open(context)
-            await outbox.stream.run(self._write_one(outbox, context))
-        finally:
-            outbox.close()
-        await outbox.stream.tell(context)
+                try:
+                    outbox.submit(0, request)
+                except SchedulerError as error:
+                    await abort(context, error)
+                await outbox.stream.open(context)
+                await outbox.stream.run(self._write_one(outbox, context))
+            finally:
+                outbox.close()
+            await outbox.stream.tell(context)
 
     async def _write_one(self, outbox: Outbox, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while True:

@@ -95,6 +95,7 @@ class RequestArrived(msgspec.Struct, frozen=True, array_like=True, tag="request_
     priority: int = 0
     cache_salt: str = ""
     resume: tuple[Resumed, ...] = ()
+    traceparent: str = ""  # for its rows, when it is traced
 
 
 class RequestStopped(msgspec.Struct, frozen=True, array_like=True, tag="request_stopped"):
@@ -146,6 +147,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[int, ...]
     last_position: int
     sampling: Sampling  # with the sample's own seed
+    traceparent: str = ""
 
 
 class Plan(msgspec.Struct, array_like=True):
@@ -204,6 +206,7 @@ class RequestEnd(msgspec.Struct, frozen=True, array_like=True):
     last_token: float | None
     ended: float
     failure: str = ""  # why, when reason is ERROR
+    pauses: tuple[tuple[str, float], ...] = ()  # when it was preempted, worker_lost, resumed
 
 
 class Outputs(msgspec.Struct, array_like=True):

@@ -34,6 +34,7 @@ class Group:
         self.session = event.session
         self.handle = event.handle
         self.request_id = event.request_id
+        self.traceparent = event.traceparent
         self.priority = event.priority
         self.order = order
         self.root = root_hash(event.cache_salt)
@@ -46,6 +47,7 @@ class Group:
         self.num_replays = 0
         self.num_deaths = 0  # worker deaths in a row without a token gained
         self.output_at_death = 0
+        self.pauses: list[tuple[str, float]] = []
         self.cached_tokens = 0
         self.arrived = now
         self.first_scheduled: float | None = None
@@ -112,6 +114,7 @@ class Group:
             last_token=now if reason in (Finish.STOP, Finish.LENGTH) else None,
             ended=now,
             failure=failure,
+            pauses=tuple(self.pauses),
         )
 
 

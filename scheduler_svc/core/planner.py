@@ -26,7 +26,7 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     """The next step of `worker`; None when its window is full or nothing can run."""
     if len(worker.inflight) >= worker.depth:
         return None
-    decodes = _make_room(worker, stats)
+    decodes = _make_room(worker, stats, now)
     if decodes is None:
         return None
     if not (decodes.size or worker.prefilling or worker.gathering or worker.queue):
@@ -45,7 +45,7 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     return step.finish()
 
 
-def _make_room(worker: Worker, stats: Stats) -> Column | None:
+def _make_room(worker: Worker, stats: Stats, now: float) -> Column | None:
     """Slots that decode in this step, after preempting until the blocks suffice.
 
     None: blocks are short while steps are in flight. Their results may free some, so look-ahead ends
@@ -65,7 +65,7 @@ def _make_room(worker: Worker, stats: Stats) -> Column | None:
             return None
         victim = choose_victim(worker)
         assert victim is not None, "the oldest request does not fit the cache that it was checked against"
-        _preempt(worker, victim, stats)
+        _preempt(worker, victim, stats, now)
 
 
 def _lacking(worker: Worker, decodes: Column, iterations: int) -> Column:
@@ -81,9 +81,10 @@ def _tail_copies(worker: Worker) -> int:
     return sum(min(n, worker.allocator.ref_count(block) - 1) for block, n in holders.items())
 
 
-def _preempt(worker: Worker, group: Group, stats: Stats) -> None:
+def _preempt(worker: Worker, group: Group, stats: Stats, now: float) -> None:
     group.resume_after = worker.remove_group(group)
     group.num_preemptions += 1
+    group.pauses.append(("preempted", now))
     stats.num_preemptions += 1
     worker.queue.push(group)
 
@@ -275,6 +276,7 @@ class _Step:
                 blocks=() if forked else tuple(sequence.blocks),
                 last_position=sequence.last_position,
                 sampling=sequence.group.samplings[sequence.index],
+                traceparent=sequence.group.traceparent,
             )
         )
 
@@ -323,6 +325,8 @@ class _Step:
             worker.gathering[group.key] = group
         leader = live[0]
         hits = worker.hits(leader)
+        if group.pauses:
+            group.pauses.append(("resumed", self.now))
         if group.first_scheduled is None:
             group.first_scheduled = self.now
             group.cached_tokens = min(len(hits) * worker.block_size, group.num_prompt)

@@ -203,6 +203,7 @@ class Scheduler:
             group.num_deaths = group.num_deaths + 1 if output == group.output_at_death else 0
             group.output_at_death = output
             group.num_replays += 1
+            group.pauses.append(("worker_lost", now))
             self.stats.replayed_requests += 1
             self.stats.replayed_tokens += output
             if was_alone and group.num_deaths >= POISON_DEATHS:

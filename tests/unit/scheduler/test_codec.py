@@ -77,11 +77,11 @@ def test_a_new_row_arrives() -> None:
         stop_token_ids=(2, 8),
         num_logprobs=0,
     )
-    new = NewRow(5, None, (1, 2, 3), 2, 1, (7, 9), 30, sampling)
+    new = NewRow(5, None, (1, 2, 3), 2, 1, (7, 9), 30, sampling, "00-a-b-01")
     row = wire.AttachResponse.FromString(encode_step(plan(new_rows=[new], slots=[5]))).step.new_rows[0]
     assert not row.HasField("parent_slot")
     assert (row.slot, list(row.tokens), row.num_prompt_tokens, row.num_computed) == (5, [1, 2, 3], 2, 1)
-    assert (list(row.blocks), row.last_position) == ([7, 9], 30)
+    assert (list(row.blocks), row.last_position, row.traceparent) == ([7, 9], 30, "00-a-b-01")
     got = row.sampling
     assert (got.temperature, got.top_k, got.top_p, got.min_p) == (0.5, 4, 0.25, 0.125)
     assert (got.presence_penalty, got.frequency_penalty, got.repetition_penalty) == (1, -1, 2)
