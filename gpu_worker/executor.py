@@ -13,6 +13,7 @@ import torch
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.output import Launched, OutputThread, collect, microseconds
 from gpu_worker.runner import Runner
+from gpu_worker.spans import RowSpans
 from gpu_worker.staging import Stager, StepError
 from pagoda.internal.v1 import worker_pb2
 
@@ -42,12 +43,13 @@ class DeviceExecutor:
         on_result: OnResult,
         on_failure: OnFailure,
         device: torch.device,
+        spans: RowSpans,
     ) -> None:
         """`on_result` and `on_failure` are called from a thread of the executor. After a `StepError` it waits
         for the next reset; after any other error it has ended."""
         self._device = device
         self._runner, self._stager = runner, stager
-        self._metrics = metrics
+        self._metrics, self._spans = metrics, spans
         self._epoch = 0
         self._on_result, self._on_failure = on_result, on_failure
         self._queue: queue.SimpleQueue[worker_pb2.Step | _Reset | None] = queue.SimpleQueue()
@@ -111,6 +113,7 @@ class DeviceExecutor:
                 if self._output is not None:
                     self._output.flush()
                 self._stager.clear()
+                self._spans.clear()
                 self._epoch, ended, broken = item.epoch, None, False
                 item.done.set()
                 continue
@@ -146,19 +149,22 @@ class DeviceExecutor:
         if step.epoch != self._epoch:
             raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
         diff, batch = self._stager.stage(step)
+        report = self._spans.staged(step, batch.sampling)
         staged = time.perf_counter()
         if self._output is not None:
             events = self._output.events.take()
             events[0].record(self._stream)
             outputs = self._runner.run(diff, batch)
             events[1].record(self._stream)
-            self._output.put(Launched(step.epoch, step.step_id, outputs, events, staged - started))
+            self._output.put(Launched(step.epoch, step.step_id, outputs, events, staged - started, report))
             return time.perf_counter()
         result = collect(step.epoch, step.step_id, self._runner.run(diff, batch))
         ended = time.perf_counter()
         result.device_us = microseconds(ended - started)
         result.idle_us = microseconds(idle)
         self._on_result(result)
+        if report is not None:
+            report(result)
         reported = time.perf_counter()
         self._metrics.step(staged - started, ended - staged, reported - ended, idle, len(result.tokens))
         return ended
@@ -167,6 +173,8 @@ class DeviceExecutor:
         """A result of the output thread."""
         begun = time.perf_counter()
         self._on_result(result)
+        if step.report is not None:
+            step.report(result)
         spent = time.perf_counter() - begun
         device, idle = result.device_us / 1e6, result.idle_us / 1e6
         self._metrics.step(step.staged, device, spent, idle, len(result.tokens))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gpu_worker.runner import StepOutputs
+from gpu_worker.spans import Report
 from kernels.rows import GOES_ON, NAN
 from pagoda.internal.v1 import worker_pb2
 
@@ -79,6 +80,7 @@ class Launched:
         outputs: what it will have drawn.
         events: when it began and ended, by the device's own clock.
         staged: seconds that staging took on the host.
+        report: what else wants its result.
     """
 
     epoch: int
@@ -86,6 +88,7 @@ class Launched:
     outputs: StepOutputs
     events: Events
     staged: float
+    report: Report | None = None
 
 
 class EventPool:

@@ -72,6 +72,8 @@ class Batch:
     features: Features
     num_logprobs: list[int]
     """For each sampling row, -1 where it wants none; padding is not counted."""
+    sampling: np.ndarray
+    """Slots of the sampling rows, in order; int64[R] in host memory, without padding."""
     forks: tuple[torch.Tensor, torch.Tensor] | None = None
     """Slots of forks and of their parents, int64."""
 
@@ -331,6 +333,7 @@ class Stager:
             table_width=int(host.num_blocks[rows].max(initial=1)),
             features=features_of(traits, max(num_logprobs, default=-1)),
             num_logprobs=num_logprobs,
+            sampling=sampling,
         )
 
     # ---------------------------------------------------------------------------------------- checks

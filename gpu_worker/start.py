@@ -22,9 +22,11 @@ from gpu_worker.models.config import ModelError
 from gpu_worker.models.loader import ModelFiles, open_model
 from gpu_worker.placement import NUM_BUFFERS, StartError, place_on_cpu, place_on_cuda
 from gpu_worker.sampler import MAX_STOP_IDS
+from gpu_worker.spans import RowSpans
 from gpu_worker.staging import Limits, Stager, StepError
 from pagoda import models
 from pagoda.internal.v1 import worker_pb2
+from pagoda.tracing import Tracing
 
 PROTOCOL = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,12 +39,14 @@ class Worker:
 
     hub: HubClient
     executor: DeviceExecutor
+    spans: RowSpans
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code."""
         self.executor.start()
         code = self.hub.run(self.executor)
         self.executor.close(timeout=2.0)
+        self.spans.close()
         return code
 
 
@@ -53,6 +57,7 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         StartError: the model or a setting makes it impossible.
     """
     started = time.monotonic()
+    tracing = Tracing.start(settings.otlp_traces_endpoint, "worker")
     device, dtype = _device(settings), _dtype(settings)
     name = settings.served_model_name or models.served_name(settings.model)
     try:
@@ -69,6 +74,7 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         _serve_metrics(metrics, settings.metrics_port)
     hello = _hello(settings, files, limits, dtype, name, group)
     hub = HubClient(settings.scheduler, hello, settings.token, metrics, log)
+    spans = RowSpans(tracing, group, hello.rank)
     executor = DeviceExecutor(
         runner,
         Stager(limits, device, NUM_BUFFERS, runner.padding),
@@ -76,9 +82,10 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         on_result=hub.deliver,
         on_failure=lambda error: hub.fail(error, fatal=not isinstance(error, StepError)),
         device=device,
+        spans=spans,
     )
     log.info("ready", seconds=round(time.monotonic() - started, 2), threads=kernels.cpu.threads())
-    return Worker(hub, executor)
+    return Worker(hub, executor, spans)
 
 
 def _device(settings: WorkerSettings) -> torch.device:

@@ -9,6 +9,7 @@ import pytest
 
 from gpu_worker.executor import DeviceExecutor
 from gpu_worker.metrics import WorkerMetrics
+from gpu_worker.spans import RowSpans
 from gpu_worker.staging import StepError
 from pagoda.internal.v1 import worker_pb2
 from tests.unit.worker.harness import CPU, prompt
@@ -25,8 +26,9 @@ class Harness:
         self.failures: queue.SimpleQueue = queue.SimpleQueue()
         self.metrics = WorkerMetrics("m", "g")
         self.executor = DeviceExecutor(
-            device.runner, device.stager, self.metrics, self.results.put, self.failures.put, CPU
-        )
+            device.runner, device.stager, self.metrics, self.results.put, self.failures.put, CPU,
+            RowSpans(None, "g", 0),
+        )  # fmt: skip
         self.executor.start()
 
     def result(self) -> worker_pb2.StepResult:
