@@ -52,6 +52,11 @@ ROWS: tuple[Row, ...] = (
     Row("scheduler-cost", "scheduler cost of a step", "python -m benchmarks.scheduler --json {json}"),
     Row("wire", "256 decodes on the wire", _test("tests/unit/scheduler/test_codec.py")),
     Row("run-ahead", "worker idle between steps", "python -m benchmarks.run_ahead --json {json}"),
+    Row(
+        "front-door",
+        "chunks and tokens a second at the door",
+        "python -m benchmarks.front_door --json {json}",
+    ),
     Row("cancel", "a disconnect frees slot and blocks", _test("tests/e2e/test_cancel.py")),
     Row("bad-input", "bad input in HTTP and gRPC", _test("tests/e2e/test_bad_input.py")),
     Row("real-clients", "openai SDK and buf curl", _test("tests/e2e/test_real_clients.py")),
@@ -64,6 +69,7 @@ ROWS: tuple[Row, ...] = (
     Row("listings", "programs written for ms-swift", _test("tests/e2e/test_swift.py")),
     Row("languages", "4 clients, 100 chats each", "make test-clients"),
     Row("page", "the page at /ui in a browser", _test("tests/e2e/test_ui.py")),
+    Row("tracing", "one trace a request", _test("tests/e2e/test_tracing.py")),
     Row("dashboards", "every panel and rule, live", _test("tests/e2e/test_monitoring.py")),
 )
 

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway_svc.config import address
+
+# What the kernel takes for a client before it has to read, and then once more uvicorn; by default, megabytes.
+# Beyond it text gathers in the request's job, and comes as one chunk instead of many.
+UNSENT_BYTES = 4096
 
 
 def listen(name: str, host: str, port: int, shares_port: bool) -> socket.socket:
@@ -55,16 +60,26 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Protocol(HttpToolsProtocol):
+    """A connection that keeps little for a client that does not read."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=UNSENT_BYTES)
+
+
 class HttpServer:
     """One HTTP port."""
 
     def __init__(self, app: ASGIApp, sock: socket.socket, grace_s: float) -> None:
         self.port: int = sock.getsockname()[1]
         self._socket = sock
+        # For the connections that it accepts: they inherit it. What is on its way to a client is not counted.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Protocol,
                 ws="none",
                 lifespan="off",
                 access_log=False,

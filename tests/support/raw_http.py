@@ -28,6 +28,7 @@ class Answer:
     text: dict[int, str] = field(default_factory=lambda: defaultdict(str))
     token_ids: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     finish: dict[int, str] = field(default_factory=dict)
+    prompt_token_ids: list[int] = field(default_factory=list)
     usage: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
@@ -35,9 +36,11 @@ class Answer:
         """Take in a whole body, or one event of a stream."""
         self.error = body.get("error") or self.error
         self.usage = body.get("usage") or self.usage
+        self.prompt_token_ids = body.get("prompt_token_ids") or self.prompt_token_ids
         for choice in body.get("choices", ()):
             index = choice["index"]
-            self.text[index] += choice["text"]
+            self.text[index] += choice["text"] if "text" in choice else choice["delta"].get("content", "")
+            self.prompt_token_ids = choice.get("prompt_token_ids") or self.prompt_token_ids
             self.token_ids[index] += choice.get("token_ids") or ()
             if choice["finish_reason"]:
                 self.finish[index] = choice["finish_reason"]
