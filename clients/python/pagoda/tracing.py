@@ -176,7 +176,13 @@ def server_span(tracing: Tracing | None, name: str, given: Any) -> Iterator[str]
 
 def contexts_in(metadata: Any) -> dict[str, str]:
     """What a call's metadata, or a request's headers as pairs, say of a trace."""
-    return {key: value for key, value in metadata or () if key in ("traceparent", "tracestate")}
+    found: dict[str, str] = {}
+    for key, value in metadata or ():
+        if key == "traceparent":
+            found[key] = value
+        elif key == "tracestate":  # a list, which may be dealt out over several
+            found[key] = f"{found[key]},{value}" if key in found else value
+    return found
 
 
 def _exporter(endpoint: str, protocol: str, secure: bool) -> SpanExporter:
