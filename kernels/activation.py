@@ -1,15 +1,11 @@
 """The gated activation of Llama's feed-forward block (SwiGLU, Shazeer 2020)."""
 
-import functools
-
 import torch
 
+from kernels.checks import FLOATS, output
 from kernels.cpu.functions import function, i32, i64, ptr
 
-
-@functools.cache
-def _c_silu_and_mul():
-    return function("pagoda_silu_and_mul", ptr, ptr, i64, i64, i64, i64, i32)
+_c_silu_and_mul = function("pagoda_silu_and_mul", ptr, ptr, i64, i64, i64, i64, i32)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,14 +20,11 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torc
     """
     rows, width = gate_up.shape
     dtype = gate_up.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or width % 2 or gate_up.stride(1) != 1:
+    if dtype not in FLOATS or width % 2 or gate_up.stride(1) != 1:
         raise ValueError(
             f"gate_up must be float32 or bfloat16 [T, 2 I], unit stride, not {dtype} {tuple(gate_up.shape)}"
         )
-    if out is None:
-        out = torch.empty((rows, width // 2), dtype=dtype, device=gate_up.device)
-    elif out.shape != (rows, width // 2) or out.dtype != dtype or out.stride(1) != 1:
-        raise ValueError(f"out must be {dtype} [{rows}, {width // 2}], not {out.dtype} {tuple(out.shape)}")
+    out = output(out, dtype, (rows, width // 2), (1,), gate_up.device)
     if gate_up.is_cpu and (c := _c_silu_and_mul()) is not None:
         c(
             gate_up.data_ptr(), out.data_ptr(), gate_up.stride(0), out.stride(0), rows, width // 2,

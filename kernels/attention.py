@@ -1,16 +1,18 @@
 """Causal attention over the paged cache (Kwon et al. 2023), for decodes and prompt chunks in one call."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from kernels.checks import FLOATS, output, require
 from kernels.cpu.functions import f32, function, i32, i64, ptr
 
 # Queries in one tile of `Tiles`.
 QUERY_TILE = 128
+
+_c_paged_attention = function("pagoda_paged_attention", *[ptr] * 7, *[i64] * 3, *[i32] * 7, f32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +68,6 @@ def _padded(tiles: np.ndarray, count: int | None, name: str) -> np.ndarray:
     return np.concatenate((tiles, np.full((count - len(tiles), 2), -1, np.int32)))
 
 
-@functools.cache
-def _c_paged_attention():
-    return function("pagoda_paged_attention", *[ptr] * 7, *[i64] * 3, *[i32] * 7, f32)
-
-
 def cache_shape(
     num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
     device_type: str = "cpu",
@@ -85,7 +82,7 @@ def cache_shape(
     Raises:
         ValueError: the type is neither, or head_dim is odd.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
+    if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype}")
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, not {head_dim}")
@@ -109,20 +106,31 @@ def check_caches(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    blocks, num_kv_heads, block_size, dim = value_cache.shape
-    if value_cache.dtype != dtype or dim != head_dim or not value_cache.is_contiguous():
-        raise ValueError(
-            f"value_cache must be {dtype} with head_dim {head_dim}, contiguous, "
-            f"not {value_cache.dtype} {tuple(value_cache.shape)}"
-        )
-    pack = dim if key_cache.shape[-1] == dim else 4 // dtype.itemsize
-    expected = (blocks, num_kv_heads, dim // pack, block_size, pack)
-    if key_cache.shape != expected or key_cache.dtype != dtype or not key_cache.is_contiguous():
-        raise ValueError(
-            f"key_cache must be {dtype} {expected}, contiguous, "
-            f"not {key_cache.dtype} {tuple(key_cache.shape)}"
-        )
+    blocks, num_kv_heads, block_size, _ = value_cache.shape
+    require("value_cache", value_cache, dtype, (blocks, num_kv_heads, block_size, head_dim))
+    pack = head_dim if key_cache.shape[-1] == head_dim else 4 // dtype.itemsize
+    require("key_cache", key_cache, dtype, (blocks, num_kv_heads, head_dim // pack, block_size, pack))
+    if key_cache.is_cuda and pack != head_dim:
+        raise ValueError("key_cache must have the layout of cache_shape(..., device_type='cuda')")
     return num_kv_heads, block_size
+
+
+def check_rows(
+    block_tables: torch.Tensor, query_start: torch.Tensor, seq_lens: torch.Tensor,
+    table_rows: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Checks what says which tokens belong to which row, against each other.
+
+    Raises:
+        ValueError: a shape, type or stride is wrong; the message names the argument.
+    """
+    rows = seq_lens.shape[0]
+    tables = rows if table_rows is None else block_tables.shape[0]
+    require("block_tables", block_tables, torch.int32, (tables, block_tables.shape[-1]), (1,))
+    require("query_start", query_start, torch.int32, (rows + 1,))
+    require("seq_lens", seq_lens, torch.int32, (rows,))
+    if table_rows is not None:
+        require("table_rows", table_rows, torch.int64, (rows,))
 
 
 def paged_attention(
@@ -156,13 +164,16 @@ def paged_attention(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    _check(q, key_cache, value_cache, block_tables, query_start, seq_lens, table_rows, sliding_window)
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    elif out.shape != q.shape or out.dtype != q.dtype or out.stride()[1:] != (q.shape[2], 1):
-        raise ValueError(f"out must be {q.dtype} {tuple(q.shape)} with contiguous heads, not {out.dtype}")
+    dim = q.shape[2]
+    num_kv_heads, block_size = check_caches(key_cache, value_cache, q.dtype, dim)
+    if q.shape[1] % num_kv_heads or q.stride()[1:] != (dim, 1):
+        raise ValueError(f"q must have contiguous heads, a multiple of {num_kv_heads}, not {tuple(q.shape)}")
+    check_rows(block_tables, query_start, seq_lens, table_rows)
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
+    out = output(out, q.dtype, q.shape, (dim, 1), q.device)
     if q.is_cuda:
-        _check_tiles(q, key_cache, seq_lens, tiles, new_keys, new_values)
+        _check_tiles(q, num_kv_heads, seq_lens, tiles, new_keys, new_values)
         from kernels.cuda import attention
 
         return attention.paged_attention(
@@ -176,8 +187,8 @@ def paged_attention(
         c(
             key_cache.data_ptr(), value_cache.data_ptr(), q.data_ptr(), out.data_ptr(),
             block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(), q.stride(0), out.stride(0),
-            block_tables.stride(0), seq_lens.shape[0], q.shape[1], value_cache.shape[1], value_cache.shape[2],
-            q.shape[2], q.dtype is torch.bfloat16, sliding_window or 0, scale,
+            block_tables.stride(0), seq_lens.shape[0], q.shape[1], num_kv_heads, block_size, dim,
+            q.dtype is torch.bfloat16, sliding_window or 0, scale,
         )  # fmt: skip
         return out
     return paged_attention_reference(
@@ -185,49 +196,21 @@ def paged_attention(
     )
 
 
-def _check(
-    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, block_tables: torch.Tensor,
-    query_start: torch.Tensor, seq_lens: torch.Tensor, table_rows: torch.Tensor | None,
-    sliding_window: int | None,
-) -> None:  # fmt: skip
-    dim, rows = q.shape[2], seq_lens.shape[0]
-    num_kv_heads, _ = check_caches(key_cache, value_cache, q.dtype, dim)
-    if q.shape[1] % num_kv_heads or q.stride()[1:] != (dim, 1):
-        raise ValueError(f"q must have contiguous heads, a multiple of {num_kv_heads}, not {tuple(q.shape)}")
-    for name, x, shape in (("query_start", query_start, (rows + 1,)), ("seq_lens", seq_lens, (rows,))):
-        if x.dtype != torch.int32 or x.shape != shape:
-            raise ValueError(f"{name} must be int32 {list(shape)}, not {x.dtype} {tuple(x.shape)}")
-    if table_rows is not None and (table_rows.dtype != torch.int64 or table_rows.shape != (rows,)):
-        raise ValueError(f"table_rows must be int64 [{rows}], not {table_rows.dtype} {table_rows.shape}")
-    tables = rows if table_rows is None else block_tables.shape[0]
-    if block_tables.dtype != torch.int32 or block_tables.shape[0] != tables or block_tables.stride(1) != 1:
-        raise ValueError(f"block_tables must be int32 [{tables}, blocks], not {tuple(block_tables.shape)}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
-
-
 def _check_tiles(
-    q: torch.Tensor, key_cache: torch.Tensor, seq_lens: torch.Tensor, tiles: Tiles | None,
+    q: torch.Tensor, num_kv_heads: int, seq_lens: torch.Tensor, tiles: Tiles | None,
     new_keys: torch.Tensor | None, new_values: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Checks what only the GPU needs."""
     tokens, _, dim = q.shape
-    num_kv_heads = key_cache.shape[1]
-    if key_cache.shape[-1] != dim:
-        raise ValueError("key_cache must have the layout of cache_shape(..., device_type='cuda')")
     if tiles is None:
         if tokens != seq_lens.shape[0]:
             raise ValueError(f"tiles must be given for {tokens} queries of {seq_lens.shape[0]} rows")
         return
-    for name, x in (("paged", tiles.paged), ("fresh", tiles.fresh)):
-        if x.dtype != torch.int32 or x.shape[1:] != (2,) or not x.is_contiguous():
-            raise ValueError(f"tiles.{name} must be int32 [tiles, 2], contiguous, not {tuple(x.shape)}")
-    if not tiles.fresh.shape[0]:
-        return
-    expected = (tokens, num_kv_heads, dim)
-    for name, new in (("new_keys", new_keys), ("new_values", new_values)):
-        if new is None or new.shape != expected or new.dtype != q.dtype or new.stride()[1:] != (dim, 1):
-            raise ValueError(f"{name} must be {q.dtype} [{tokens}, {num_kv_heads}, {dim}], contiguous heads")
+    require("tiles.paged", tiles.paged, torch.int32, (*tiles.paged.shape[:1], 2))
+    require("tiles.fresh", tiles.fresh, torch.int32, (*tiles.fresh.shape[:1], 2))
+    if len(tiles.fresh):
+        require("new_keys", new_keys, q.dtype, (tokens, num_kv_heads, dim), (dim, 1))
+        require("new_values", new_values, q.dtype, (tokens, num_kv_heads, dim), (dim, 1))
 
 
 def paged_attention_reference(

@@ -1,16 +1,13 @@
 """Copies whole blocks of the paged cache: what copy-on-write of a shared block needs."""
 
 import ctypes
-import functools
 
 import torch
 
+from kernels.checks import require
 from kernels.cpu.functions import function, i32, i64, ptr
 
-
-@functools.cache
-def _c_copy_blocks():
-    return function("pagoda_copy_blocks", ptr, ptr, i32, ptr, ptr, i64)
+_c_copy_blocks = function("pagoda_copy_blocks", ptr, ptr, i32, ptr, ptr, i64)
 
 
 def copy_blocks(caches: list[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -26,9 +23,8 @@ def copy_blocks(caches: list[torch.Tensor], src: torch.Tensor, dst: torch.Tensor
             argument. On a GPU nobody waits to look at the ids.
     """
     copies = src.numel()
-    for name, ids in (("src", src), ("dst", dst)):
-        if ids.dtype != torch.int64 or ids.shape != (copies,) or not ids.is_contiguous():
-            raise ValueError(f"{name} must be int64 [{copies}], not {ids.dtype} {tuple(ids.shape)}")
+    require("src", src, torch.int64, (copies,))
+    require("dst", dst, torch.int64, (copies,))
     if not caches or not copies:
         return
     if not all(cache.is_contiguous() for cache in caches):

@@ -7,16 +7,18 @@ is the time between them: a decode of one token is some 270 calls, of a few micr
 from __future__ import annotations
 
 import ctypes
-import functools
 from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import Tiles, check_caches, paged_attention
-from kernels.cpu.functions import function, i32, ptr
+from kernels.attention import Tiles, check_caches, check_rows, paged_attention
+from kernels.checks import require
+from kernels.cpu.functions import f32, fields, function, i32, i64, ptr
 from kernels.linear import PackedLinear, linear, silu_and_mul_linear
 from kernels.norm import head_rms_norm, rms_norm
 from kernels.rope import rope_and_cache
+
+_c_layers = function("pagoda_layers_run", ptr, i32, ptr, ptr, ptr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +70,16 @@ class Layer:
         }
         for name, shape in shapes.items():
             packed = getattr(self, name)
-            if (packed.out_features, packed.in_features) != shape or {packed.dtype, packed.out_dtype} != {
-                dtype
-            }:
+            found = packed.out_features, packed.in_features, packed.dtype, packed.out_dtype
+            if found != (*shape, dtype, dtype):
                 raise ValueError(f"{name} must be {dtype} {list(shape)}")
         if self.num_heads % num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of {num_kv_heads}, not {self.num_heads}")
         norms = {"input_norm": hidden, "post_norm": hidden, "q_norm": dim, "k_norm": dim}
         for name, size in norms.items():
             weight = getattr(self, name)
-            if weight is None and name in ("q_norm", "k_norm"):
-                continue
-            if weight.shape != (size,) or weight.dtype != dtype or not weight.is_contiguous():
-                raise ValueError(f"{name} must be {dtype} [{size}], not {weight.dtype} {tuple(weight.shape)}")
+            if weight is not None or name not in ("q_norm", "k_norm"):
+                require(name, weight, dtype, (size,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,58 +116,32 @@ class Step:
 
     def check(self, tokens: int, dim: int) -> None:
         """Raises ValueError, naming the attribute, where a shape, type or stride is wrong."""
-        rows = self.seq_lens.shape[0]
-        tables = rows if self.table_rows is None else self.block_tables.shape[0]
-        expected = {
-            "positions": (torch.int32, (tokens,)),
-            "slot_mapping": (torch.int64, (tokens,)),
-            "query_start": (torch.int32, (rows + 1,)),
-            "seq_lens": (torch.int32, (rows,)),
-            "cos_sin": (torch.float32, (self.cos_sin.shape[0], dim)),
-            "block_tables": (torch.int32, (tables, self.block_tables.shape[-1])),
-        }
-        if self.table_rows is not None:
-            expected["table_rows"] = (torch.int64, (rows,))
+        require("cos_sin", self.cos_sin, torch.float32, (*self.cos_sin.shape[:1], dim))
+        require("positions", self.positions, torch.int32, (tokens,))
+        require("slot_mapping", self.slot_mapping, torch.int64, (tokens,))
+        check_rows(self.block_tables, self.query_start, self.seq_lens, self.table_rows)
         if self.wanted is not None:
-            expected["wanted"] = (torch.int64, self.wanted.shape[:1])
-        for name, (dtype, shape) in expected.items():
-            x = getattr(self, name)
-            if x.dtype != dtype or x.shape != shape or x.stride(-1) != 1:
-                raise ValueError(f"{name} must be {dtype} {list(shape)}, not {x.dtype} {tuple(x.shape)}")
+            require("wanted", self.wanted, torch.int64, self.wanted.shape[:1])
 
 
 class _CLayer(ctypes.Structure):
     """`pagoda_layer` of cpu/layer.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("qkv", "o", "gate_up", "down")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("input_norm", "post_norm", "q_norm", "k_norm", "keys", "values")
-        ),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_heads", "num_kv_heads", "head_dim", "block_size", "window")
-        ),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        ("padding", ctypes.c_int32),
-    ]
+    _fields_ = fields(
+        (ptr, "qkv o gate_up down input_norm post_norm q_norm k_norm keys values"),
+        (i32, "num_heads num_kv_heads head_dim block_size window"),
+        (f32, "eps scale"),
+        (i32, "padding"),
+    )
 
 
 class _CStep(ctypes.Structure):
     """`pagoda_step` of cpu/layer.h."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("cos_sin", "positions", "slots")),
-        *((name, ctypes.c_void_p) for name in ("block_tables", "query_start", "seq_lens")),
-        *((name, ctypes.c_int64) for name in ("table_stride", "tokens", "num_rows")),
-    ]
-
-
-@functools.cache
-def _c_layers():
-    return function("pagoda_layers_run", ptr, i32, ptr, ptr, ptr)
+    _fields_ = fields(
+        (ptr, "cos_sin positions slots block_tables query_start seq_lens"),
+        (i64, "table_stride tokens num_rows"),
+    )
 
 
 class LayerStack:
@@ -211,13 +184,8 @@ class LayerStack:
             ValueError: a shape, type or stride is wrong; the message names the argument.
         """
         first = self.layers[0]
-        tokens, width = hidden.shape
-        if (
-            width != first.qkv.in_features
-            or hidden.dtype != self.residual_dtype
-            or not hidden.is_contiguous()
-        ):
-            raise ValueError(f"hidden must be {self.residual_dtype} [T, {first.qkv.in_features}], contiguous")
+        tokens = hidden.shape[0]
+        require("hidden", hidden, self.residual_dtype, (tokens, first.qkv.in_features))
         step.check(tokens, first.value_cache.shape[3])
         if hidden.is_cuda:
             from kernels.cuda import layer

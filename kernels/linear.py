@@ -1,29 +1,24 @@
 """Linear layers over packed weights, and the embedding that reads rows out of the same packing."""
 
 import ctypes
-import functools
 
 import torch
 
-from kernels.activation import silu_and_mul as silu_and_mul_op
-from kernels.activation import silu_and_mul_reference
-from kernels.cpu.functions import function, i32, i64, ptr
+from kernels import activation
+from kernels.checks import FLOATS, output, require
+from kernels.cpu.functions import fields, function, i32, i64, ptr
 from kernels.cpu.memory import empty
 
-FLOATS = (torch.float32, torch.bfloat16)
+_c_columns = function("pagoda_linear_columns", result=i32)
+_c_pack = function("pagoda_linear_pack", ptr, ptr, i64)
+_c_linear = function("pagoda_linear_run", ptr, ptr, i64, i32, ptr, i64, i64)
+_c_gather = function("pagoda_linear_gather", ptr, ptr, i64, ptr, result=i32)
 
 
 class _Descriptor(ctypes.Structure):
     """`pagoda_linear` of cpu/linear.h."""
 
-    _fields_ = [
-        ("panels", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("bf16", ctypes.c_int32),
-        ("out_bf16", ctypes.c_int32),
-    ]
+    _fields_ = fields((ptr, "panels bias"), (i64, "n k"), (i32, "bf16 out_bf16"))
 
 
 class PackedLinear:
@@ -64,26 +59,6 @@ class PackedLinear:
     def weight(self) -> torch.Tensor:
         """A plain copy of the weights, [N, K]."""
         return embedding(torch.arange(self.out_features, device=self.data.device), self)
-
-
-@functools.cache
-def _c_columns():
-    return function("pagoda_linear_columns", result=i32)
-
-
-@functools.cache
-def _c_pack():
-    return function("pagoda_linear_pack", ptr, ptr, i64)
-
-
-@functools.cache
-def _c_linear():
-    return function("pagoda_linear_run", ptr, ptr, i64, i32, ptr, i64, i64)
-
-
-@functools.cache
-def _c_gather():
-    return function("pagoda_linear_gather", ptr, ptr, i64, ptr, result=i32)
 
 
 def pack(
@@ -131,7 +106,7 @@ def linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None = Non
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    return _run(x, packed, out, 0)
+    return _run(x, packed, out, silu_and_mul=False)
 
 
 def silu_and_mul_linear(
@@ -147,30 +122,24 @@ def silu_and_mul_linear(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    return _run(gate_up, packed, out, 1)
+    return _run(gate_up, packed, out, silu_and_mul=True)
 
 
-def _run(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None, silu_and_mul: int) -> torch.Tensor:
-    rows, width = x.shape
-    expected = packed.in_features * 2 if silu_and_mul else packed.in_features
-    if width != expected or x.dtype != packed.dtype or x.stride(1) != 1:
-        name = "gate_up" if silu_and_mul else "x"
-        raise ValueError(f"{name} must be {packed.dtype} [T, {expected}], not {x.dtype} {tuple(x.shape)}")
-    if out is None:
-        out = torch.empty((rows, packed.out_features), dtype=packed.out_dtype, device=x.device)
-    elif out.shape != (rows, packed.out_features) or out.dtype != packed.out_dtype or out.stride(1) != 1:
-        shape = [rows, packed.out_features]
-        raise ValueError(f"out must be {packed.out_dtype} {shape}, not {out.dtype} {tuple(out.shape)}")
+def _run(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor | None, silu_and_mul: bool) -> torch.Tensor:
+    rows = x.shape[0]
+    name, width = ("gate_up", 2 * packed.in_features) if silu_and_mul else ("x", packed.in_features)
+    require(name, x, packed.dtype, (rows, width), (1,))
+    out = output(out, packed.out_dtype, (rows, packed.out_features), (1,), x.device)
     if packed.address:
         c = _c_linear()
         c(packed.address, x.data_ptr(), x.stride(0), silu_and_mul, out.data_ptr(), out.stride(0), rows)
         return out
+    if silu_and_mul:
+        x = activation.silu_and_mul(x)
     if x.is_cuda:
         from kernels.cuda import linear as cuda
 
-        return cuda.linear(silu_and_mul_op(x) if silu_and_mul else x, packed, out)
-    if silu_and_mul:
-        x = silu_and_mul_reference(x)
+        return cuda.linear(x, packed, out)
     return linear_reference(x, packed.data, packed.bias, packed.out_dtype, out)
 
 

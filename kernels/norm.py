@@ -1,17 +1,11 @@
 """RMS norm, with the addition of the residual before it (Zhang and Sennrich 2019, as Llama uses it)."""
 
-import functools
-
 import torch
 
+from kernels.checks import FLOATS, output, require
 from kernels.cpu.functions import f32, function, i32, i64, ptr
 
-FLOATS = (torch.float32, torch.bfloat16)
-
-
-@functools.cache
-def _c_rms_norm():
-    return function("pagoda_rms_norm", ptr, ptr, ptr, ptr, i64, i64, i64, i64, i32, i32, i32, f32)
+_c_rms_norm = function("pagoda_rms_norm", ptr, ptr, ptr, ptr, i64, i64, i64, i64, i32, i32, i32, f32)
 
 
 def rms_norm(
@@ -33,30 +27,15 @@ def rms_norm(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    rows, dim = x.shape
+    _, dim = x.shape
     if x.dtype not in FLOATS or x.stride(1) != 1:
         raise ValueError(f"x must be float32 or bfloat16 with unit stride, not {x.dtype}, {x.stride()}")
     narrows = x.is_cuda and x.dtype is torch.float32 and weight.dtype in FLOATS
-    if weight.shape != (dim,) or not (weight.dtype == x.dtype or narrows) or not weight.is_contiguous():
-        raise ValueError(f"weight must be {x.dtype} [{dim}], not {weight.dtype} {tuple(weight.shape)}")
+    require("weight", weight, weight.dtype if narrows else x.dtype, (dim,))
     if residual is not None:
-        _check_like("residual", residual, x.shape, x.dtype)
-    if out is None:
-        out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    else:
-        _check_like("out", out, x.shape, weight.dtype)
-    if x.is_cpu and (c := _c_rms_norm()) is not None:
-        c(
-            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
-            out.data_ptr(), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), rows,
-            1, dim, x.dtype is torch.bfloat16, eps,
-        )  # fmt: skip
-        return out
-    if x.is_cuda:
-        from kernels.cuda import norm
-
-        return norm.rms_norm(x, weight, eps, residual, out)
-    return rms_norm_reference(x, weight, eps, residual, out)
+        require("residual", residual, x.dtype, x.shape, (1,))
+    out = output(out, weight.dtype, x.shape, (1,), x.device)
+    return _run(x, weight, eps, residual, out)
 
 
 def rms_norm_reference(
@@ -86,29 +65,27 @@ def head_rms_norm(
     Raises:
         ValueError: a shape, type or stride is wrong; the message names the argument.
     """
-    rows, heads, dim = x.shape
+    _, _, dim = x.shape
     if x.dtype not in FLOATS or x.stride()[1:] != (dim, 1):
         raise ValueError(f"x must be float32 or bfloat16 with contiguous heads, not {x.dtype}, {x.stride()}")
-    if weight.shape != (dim,) or weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(f"weight must be {x.dtype} [{dim}], not {weight.dtype} {tuple(weight.shape)}")
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    elif out.shape != x.shape or out.dtype != x.dtype or out.stride()[1:] != (dim, 1):
-        raise ValueError(f"out must be {x.dtype} {tuple(x.shape)}, not {out.dtype} {tuple(out.shape)}")
+    require("weight", weight, x.dtype, (dim,))
+    return _run(x, weight, eps, None, output(out, x.dtype, x.shape, (dim, 1), x.device))
+
+
+def _run(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """Either norm, its arguments checked: x of two dims, or of three with the heads between."""
     if x.is_cpu and (c := _c_rms_norm()) is not None:
-        is_bf16 = x.dtype is torch.bfloat16
+        heads = x.shape[1] if x.dim() == 3 else 1
         c(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), x.stride(0), 0, out.stride(0), rows, heads,
-            dim, is_bf16, eps,
+            x.data_ptr(), None if residual is None else residual.data_ptr(), weight.data_ptr(),
+            out.data_ptr(), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+            x.shape[0], heads, x.shape[-1], x.dtype is torch.bfloat16, eps,
         )  # fmt: skip
         return out
     if x.is_cuda:
         from kernels.cuda import norm
 
-        return norm.rms_norm(x, weight, eps, None, out)
-    return rms_norm_reference(x, weight, eps, None, out)
-
-
-def _check_like(name: str, tensor: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.stride(1) != 1:
-        raise ValueError(f"{name} must be {dtype} {tuple(shape)}, not {tensor.dtype}, {tensor.shape}")
+        return norm.rms_norm(x, weight, eps, residual, out)
+    return rms_norm_reference(x, weight, eps, residual, out)

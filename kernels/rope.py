@@ -1,16 +1,12 @@
 """Rotary position embedding of new tokens, written into the paged cache in the same pass (Su et al. 2021)."""
 
-import functools
-
 import torch
 
 from kernels.attention import check_caches, key_words
+from kernels.checks import require
 from kernels.cpu.functions import function, i32, i64, ptr
 
-
-@functools.cache
-def _c_rope_and_cache():
-    return function("pagoda_rope_and_cache", *[ptr] * 8, *[i64] * 4, *[i32] * 5)
+_c_rope_and_cache = function("pagoda_rope_and_cache", *[ptr] * 8, *[i64] * 4, *[i32] * 5)
 
 
 def rope_and_cache(
@@ -38,16 +34,12 @@ def rope_and_cache(
     """
     tokens, num_heads, dim = q.shape
     num_kv_heads, block_size = check_caches(key_cache, value_cache, q.dtype, dim)
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        heads = num_heads if x is q else num_kv_heads
-        if x.shape != (tokens, heads, dim) or x.dtype != q.dtype or x.stride()[1:] != (dim, 1):
-            raise ValueError(f"{name} must be {q.dtype} [{tokens}, {heads}, {dim}] with contiguous heads")
-    if cos_sin.dtype != torch.float32 or cos_sin.shape[1:] != (dim,) or not cos_sin.is_contiguous():
-        raise ValueError(f"cos_sin must be float32 [max_len, {dim}], not {cos_sin.dtype}, {cos_sin.shape}")
-    if positions.dtype != torch.int32 or positions.shape != (tokens,):
-        raise ValueError(f"positions must be int32 [{tokens}], not {positions.dtype}, {positions.shape}")
-    if slot_mapping.dtype != torch.int64 or slot_mapping.shape != (tokens,):
-        raise ValueError(f"slot_mapping must be int64 [{tokens}], not {slot_mapping.dtype}")
+    require("q", q, q.dtype, q.shape, (dim, 1))
+    require("k", k, q.dtype, (tokens, num_kv_heads, dim), (dim, 1))
+    require("v", v, q.dtype, (tokens, num_kv_heads, dim), (dim, 1))
+    require("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], dim))
+    require("positions", positions, torch.int32, (tokens,))
+    require("slot_mapping", slot_mapping, torch.int64, (tokens,))
     if q.is_cpu and (c := _c_rope_and_cache()) is not None:
         c(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), positions.data_ptr(),
@@ -56,8 +48,6 @@ def rope_and_cache(
         )  # fmt: skip
         return
     if q.is_cuda:
-        if key_cache.shape[-1] != dim:
-            raise ValueError("key_cache must have the layout of cache_shape(..., device_type='cuda')")
         from kernels.cuda import rope
 
         rope.rope_and_cache(q, k, v, cos_sin, positions, key_cache, value_cache, slot_mapping)
