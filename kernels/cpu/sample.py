@@ -8,51 +8,39 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.cpu.build import library
+from kernels.cpu.functions import fields, i32, i64, ptr
 
 if TYPE_CHECKING:
     from kernels.sample import Features, Sampled, SamplingColumns
 
+# In C's order.
+_COLUMNS = (
+    "temperature top_k top_p min_p presence frequency repetition seed min_tokens stop_ids bias_ids "
+    "bias_values num_logprobs"
+)
+_INTEGERS = ("top_k", "min_tokens", "stop_ids", "bias_ids", "num_logprobs")
 _COLUMN_DTYPES = {
-    "temperature": torch.float32,
-    "top_k": torch.int32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "presence": torch.float32,
-    "frequency": torch.float32,
-    "repetition": torch.float32,
+    **dict.fromkeys(_COLUMNS.split(), torch.float32),
+    **dict.fromkeys(_INTEGERS, torch.int32),
     "seed": torch.int64,
-    "min_tokens": torch.int32,
-    "stop_ids": torch.int32,
-    "bias_ids": torch.int32,
-    "bias_values": torch.float32,
-    "num_logprobs": torch.int32,
 }
 
 
 class CColumns(ctypes.Structure):
     """`sample_columns` of cpu/sample.c."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _COLUMN_DTYPES),
-        ("max_stop_ids", ctypes.c_int32),
-        ("max_bias", ctypes.c_int32),
-    )
+    _fields_ = fields((ptr, _COLUMNS), (i32, "max_stop_ids max_bias"))
 
 
 class _CArgs(ctypes.Structure):
     """`sample_args` of cpu/sample.c."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "slots", "columns", "tokens", "num_tokens")),
-        *((name, ctypes.c_void_p) for name in ("num_prompt", "token_ids", "finite")),
-        *((name, ctypes.c_void_p) for name in ("token_logprob", "rank", "top_ids", "top_logprobs")),
-        *((name, ctypes.c_int64) for name in ("logits_stride", "tokens_stride")),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("num_rows", "vocab_size", "is_bf16", "any_random", "any_filter")
-        ),
-        *((name, ctypes.c_int32) for name in ("any_penalty", "any_bias", "any_min_tokens", "max_logprobs")),
-        ("out_of_memory", ctypes.c_int32),
+    _fields_ = fields(
+        (ptr, "logits slots columns tokens num_tokens num_prompt token_ids finite"),
+        (ptr, "token_logprob rank top_ids top_logprobs"),
+        (i64, "logits_stride tokens_stride"),
+        (i32, "num_rows vocab_size is_bf16 any_random any_filter any_penalty any_bias any_min_tokens"),
+        (i32, "max_logprobs out_of_memory"),
     )
 
 
