@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE_DIR = Path(__file__).resolve().parent
@@ -99,28 +100,23 @@ def _processor() -> str:
 
 def _compile(compiler: list[str], flags: list[str], scratch: Path) -> Path:
     """Compiles the files side by side, links them, and returns the library's path inside `scratch`."""
-    jobs = []
-    for source in sorted(SOURCE_DIR.glob("*.c")):
-        output = scratch / f"{source.stem}.o"
-        command = [*compiler, *FIXED_FLAGS, *flags, "-c", str(source), "-o", str(output)]
-        jobs.append((command, _start(command)))
-    for command, job in jobs:
-        _finish(command, job)
-    output = scratch / "kernels.so"
-    objects = sorted(str(path) for path in scratch.glob("*.o"))
-    command = [*compiler, "-shared", "-pthread", *objects, "-o", str(output), "-lm"]
-    _finish(command, _start(command))
-    return output
+
+    def compiled(source: Path) -> str:
+        output = str(scratch / f"{source.stem}.o")
+        _run([*compiler, *FIXED_FLAGS, *flags, "-c", str(source), "-o", output])
+        return output
+
+    sources, target = sorted(SOURCE_DIR.glob("*.c")), scratch / "kernels.so"
+    with ThreadPoolExecutor(len(sources)) as pool:
+        objects = list(pool.map(compiled, sources))
+    _run([*compiler, "-shared", "-pthread", *objects, "-o", str(target), "-lm"])
+    return target
 
 
-def _start(command: list[str]) -> subprocess.Popen:
+def _run(command: list[str]) -> None:
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        job = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise BuildError(f"cannot run the C compiler {command[0]}: {error}") from error
-
-
-def _finish(command: list[str], job: subprocess.Popen) -> None:
-    output, _ = job.communicate()
     if job.returncode:
-        raise BuildError(f"{' '.join(command)} failed:\n{output[-2000:]}")
+        raise BuildError(f"{' '.join(command)} failed:\n{job.stdout[-2000:]}")
