@@ -45,7 +45,11 @@ class RowState:
         tokens: int32[S, max_len].
         block_tables: int32[S, MB].
         numbers: int32[13, S]: counters, integers and floats, which are views of it.
-        counters: int32[4, S], in the order of `COUNTERS`.
+        counters: int32[4, S], in the order of `COUNTERS`, which are its rows:
+        num_tokens: int32[S]: tokens of each row, the prompt's included.
+        num_prompt: int32[S]: how many of those are the prompt's.
+        num_computed: int32[S]: how many of those went through a forward.
+        last_position: int32[S]: how many tokens fill the row.
         integers: int32[3, S], in the order of `INTEGERS`.
         floats: float32[6, S], in the order of `FLOATS`.
         done: bool[S].
@@ -57,6 +61,10 @@ class RowState:
     block_tables: torch.Tensor
     numbers: torch.Tensor
     counters: torch.Tensor
+    num_tokens: torch.Tensor
+    num_prompt: torch.Tensor
+    num_computed: torch.Tensor
+    last_position: torch.Tensor
     integers: torch.Tensor
     floats: torch.Tensor
     done: torch.Tensor
@@ -87,7 +95,7 @@ class RowState:
             tokens=torch.zeros((size, max_len), dtype=i32, device=device),
             block_tables=torch.zeros((size, -(-max_len // block_size)), dtype=i32, device=device),
             numbers=numbers, counters=counters, integers=integers, floats=floats, done=done,
-            columns=columns, block_size=block_size,
+            columns=columns, block_size=block_size, **dict(zip(COUNTERS, counters, strict=True)),
         )  # fmt: skip
 
     @cached_property
@@ -101,26 +109,6 @@ class RowState:
     def padding_slot(self) -> int:
         """The slot that is always done."""
         return self.done.shape[0] - 1
-
-    @property
-    def num_tokens(self) -> torch.Tensor:
-        """int32[S]: tokens of each row, the prompt's included."""
-        return self.counters[0]
-
-    @property
-    def num_prompt(self) -> torch.Tensor:
-        """int32[S]: how many of those are the prompt's."""
-        return self.counters[1]
-
-    @property
-    def num_computed(self) -> torch.Tensor:
-        """int32[S]: how many of those went through a forward."""
-        return self.counters[2]
-
-    @property
-    def last_position(self) -> torch.Tensor:
-        """int32[S]: how many tokens fill the row."""
-        return self.counters[3]
 
 
 @dataclass(frozen=True)
