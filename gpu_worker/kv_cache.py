@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import mmap
 
 import torch
 
 from gpu_worker.models.config import ModelConfig
 from kernels.attention import cache_shape
+from kernels.cpu.memory import pages
 
 
 class KVCache:
@@ -40,11 +40,8 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
 def _zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """uint8 zeros, because a masked row may read a block that was never written, and NaN would spread.
 
-    On a CPU they are pages that the system hands out zeroed when they are first touched: `torch.zeros` would
-    write gigabytes at start.
+    On a CPU they are pages that nobody has touched: `torch.zeros` would write gigabytes at start.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, math.prod(shape))
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(shape)
+    return pages(math.prod(shape)).view(shape)

@@ -29,13 +29,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     size = math.prod(shape) * dtype.itemsize
     with _lock:
         if _used + size > len(_chunk):
-            _chunk, _used = _new_chunk(max(size, CHUNK_BYTES)), 0
+            _chunk, _used = pages(max(size, CHUNK_BYTES)), 0
         data = _chunk[_used : _used + size]
         _used += -(-size // ALIGNMENT) * ALIGNMENT
     return data.view(dtype).view(shape)
 
 
-def _new_chunk(size: int) -> torch.Tensor:
+def pages(size: int) -> torch.Tensor:
+    """uint8[size] of its own pages, which the system hands out zeroed when they are first touched."""
     # Room to begin at a huge page's boundary; pages that nobody touches cost nothing.
     mapping = mmap.mmap(-1, size + HUGE_PAGE_BYTES)
     if hasattr(mmap, "MADV_HUGEPAGE"):
