@@ -19,40 +19,31 @@ class Staging:
     there for all work queued after `flush`. On a CPU both memories are one and `flush` has nothing to copy.
     A buffer is used again after `num_buffers` steps: one more than may be in flight. A step that needs more
     than a buffer holds gets a larger one in its place.
+
+    Attributes:
+        buffer: the current buffer on the device.
+        array: the current buffer on the host.
     """
 
     def __init__(self, device: torch.device, capacity: int, num_buffers: int) -> None:
         self._on_device, self._target = device.type != "cpu", device
-        self._host = [self._allocate(capacity) for _ in range(num_buffers)]
-        self._device = [self._mirror(host) for host in self._host]
-        self._arrays = [buffer.numpy() for buffer in self._host]
-        self._current = 0
-        self._used = 0
+        self._ring = [self._allocate(capacity) for _ in range(num_buffers)]
+        self._current = self._used = 0
+        self._host, self.buffer, self.array = self._ring[0]
 
-    def _allocate(self, capacity: int) -> torch.Tensor:
-        return torch.empty(capacity, dtype=torch.int32, pin_memory=self._on_device)
-
-    def _mirror(self, host: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(host, device=self._target) if self._on_device else host
-
-    @property
-    def buffer(self) -> torch.Tensor:
-        """The current buffer on the device."""
-        return self._device[self._current]
-
-    @property
-    def array(self) -> np.ndarray:
-        """The current buffer on the host."""
-        return self._arrays[self._current]
+    def _allocate(self, capacity: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """A buffer: on the host, on the device, and again on the host."""
+        host = torch.empty(capacity, dtype=torch.int32, pin_memory=self._on_device)
+        device = torch.empty_like(host, device=self._target) if self._on_device else host
+        return host, device, host.numpy()
 
     def begin(self, size: int) -> None:
         """Start the next step's buffer, which holds at least `size` numbers."""
-        self._current = i = (self._current + 1) % len(self._host)
+        self._current = i = (self._current + 1) % len(self._ring)
         self._used = 0
-        if len(self._arrays[i]) < size:
-            self._host[i] = self._allocate(2 * size)
-            self._device[i] = self._mirror(self._host[i])
-            self._arrays[i] = self._host[i].numpy()
+        if len(self._ring[i][0]) < size:
+            self._ring[i] = self._allocate(2 * size)
+        self._host, self.buffer, self.array = self._ring[i]
 
     def reserve(self, count: int) -> int:
         """Keep room for `count` numbers, which are written to `array`; their place."""
@@ -87,5 +78,4 @@ class Staging:
     def flush(self) -> None:
         """Queue the copy of everything put since `begin`."""
         if self._on_device:
-            n, i = self._used, self._current
-            self._device[i][:n].copy_(self._host[i][:n], non_blocking=True)
+            self.buffer[: self._used].copy_(self._host[: self._used], non_blocking=True)
