@@ -49,8 +49,8 @@ class Graphs:
         """`compute` goes from inputs to logits, `num_logits` of a row; `draw` samples from them where no row
         asks for more than a temperature and a seed; `padding` says which shapes will come."""
         self._compute, self._draw, self._rows = compute, draw, rows
-        self._whole: dict[Shape, _Captured] = {}
-        self._to_logits: dict[Shape, _Captured] = {}
+        # By shape, and by whether the iteration is whole or ends at its logits.
+        self._captured: dict[tuple[Shape, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         shapes = padding.shapes()
         self._shapes = frozenset(shapes)
@@ -62,10 +62,8 @@ class Graphs:
         self._logits = torch.empty(most, num_logits, dtype=torch.float32, device=device)
         # The first are those without which nothing should be served. Then the largest first: what they leave
         # in the pool, the smaller ones use again.
-        self._wanted = [
-            *shapes[:NUM_FIRST],
-            *sorted(shapes[NUM_FIRST:], key=lambda s: s.tokens, reverse=True),
-        ]
+        rest = sorted(shapes[NUM_FIRST:], key=lambda s: s.tokens, reverse=True)
+        self._wanted = [*shapes[:NUM_FIRST], *rest]
 
     @property
     def num_wanted(self) -> int:
@@ -76,14 +74,10 @@ class Graphs:
         """Capture the next shape, the smallest decodes first; None when all are there."""
         while self._wanted:
             shape = self._wanted.pop(0)
-            if shape not in self._whole:
+            if (shape, True) not in self._captured:
                 self.capture(shape)
                 return shape
         return None
-
-    def capture(self, shape: Shape) -> None:
-        """Capture a shape now, or anew."""
-        self._whole[shape] = self._capture(shape, with_draw=True)
 
     def takes(self, batch: Batch, is_plain: bool) -> bool:
         """Whether a graph is to run a batch: it is there, or worth its capture by now.
@@ -92,46 +86,45 @@ class Graphs:
             batch: staged.
             is_plain: whether its rows use no more than temperature and seed.
         """
-        if batch.shape in (self._whole if is_plain else self._to_logits):
+        key = batch.shape, is_plain
+        if key in self._captured:
             return True
         if batch.shape not in self._shapes:
             return False
-        self._missed[batch.shape, is_plain] += 1
-        return self._missed[batch.shape, is_plain] >= PATIENCE
+        self._missed[key] += 1
+        return self._missed[key] >= PATIENCE
 
     def load(self, batch: Batch) -> Inputs:
         """Put a batch where the graphs of its shape read it."""
-        captured = self._get(self._to_logits, batch.shape, with_draw=False)
-        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
-        return captured.inputs
+        return self._load(batch, is_whole=False).inputs
 
     def replay(self, batch: Batch) -> None:
         """Run all iterations of a batch, sampling included."""
-        graph = self._get(self._whole, batch.shape, with_draw=True).graph
-        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
+        graph = self._load(batch, is_whole=True).graph
         for _ in range(batch.num_iterations):
             graph.replay()
 
     def replay_logits(self, shape: Shape) -> torch.Tensor:
         """Run one iteration of the loaded batch up to its logits, which hold good until the next replay."""
-        captured = self._to_logits[shape]
+        captured = self._captured[shape, False]
         captured.graph.replay()
         return captured.logits
 
-    def _get(self, captured: dict[Shape, _Captured], shape: Shape, with_draw: bool) -> _Captured:
-        if shape not in captured:
-            captured[shape] = self._capture(shape, with_draw)
-        return captured[shape]
+    def _load(self, batch: Batch, is_whole: bool) -> _Captured:
+        if (batch.shape, is_whole) not in self._captured:
+            self.capture(batch.shape, is_whole)
+        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
+        return self._captured[batch.shape, is_whole]
 
-    def _capture(self, shape: Shape, with_draw: bool) -> _Captured:
-        """Capture one shape over padding alone, which changes no row."""
+    def capture(self, shape: Shape, is_whole: bool = True) -> None:
+        """Capture a shape now, or anew, over padding alone, which changes no row."""
         rows = self._rows
         block = self._block[: shape.size]
         inputs = unpack(block, shape, rows.iota)
 
         def iteration() -> torch.Tensor:
             logits = self._compute(inputs, self._logits[: shape.samples])
-            if with_draw:
+            if is_whole:
                 self._draw(logits, inputs, shape)
             return logits
 
@@ -142,4 +135,4 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = iteration()
-        return _Captured(graph, inputs, logits)
+        self._captured[shape, is_whole] = _Captured(graph, inputs, logits)
