@@ -19,11 +19,7 @@ from gpu_worker.models.config import ModelConfig, ModelError, RopeConfig, check
 from gpu_worker.models.loader import Stored
 
 FAMILIES = ("llama", "qwen2", "qwen3")
-TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -66,10 +62,9 @@ def open_gguf(path: Path) -> GgufModel:
         config = _config(metadata, stored, path)
     except KeyError as error:
         raise ModelError(f"{path}: metadata {error.args[0]} is missing") from None
+    stored.pop(ROPE_DIVISORS, None)  # a part of the config
     tensors = {}
     for name, tensor in stored.items():
-        if name == ROPE_DIVISORS:
-            continue
         shape = tuple(int(n) for n in reversed(tensor.shape))
         tensors[_name(name, path)] = Stored(path, shape, partial(_read, tensor, config), int(tensor.n_bytes))
     return GgufModel(config, len(metadata["tokenizer.ggml.tokens"]), metadata, tensors)
@@ -90,11 +85,13 @@ def _config(metadata: dict[str, Any], stored: dict[str, Any], path: Path) -> Mod
     head_dim = int(metadata.get(f"{family}.attention.key_length", hidden_size // num_heads))
     if (rotated := int(metadata.get(f"{family}.rope.dimension_count", head_dim))) != head_dim:
         raise ModelError(f"{path}: {family}.rope.dimension_count {rotated} is not the head's {head_dim}")
+    if "token_embd.weight" not in stored:
+        raise ModelError(f"{path}: tensor token_embd.weight is missing")
     window = metadata.get(f"{family}.attention.sliding_window")
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
     config = ModelConfig(
         family=family,
-        vocab_size=_vocab_rows(stored, path),
+        vocab_size=int(stored["token_embd.weight"].shape[1]),
         hidden_size=hidden_size,
         intermediate_size=number("feed_forward_length"),
         num_layers=num_layers,
@@ -116,27 +113,18 @@ def _config(metadata: dict[str, Any], stored: dict[str, Any], path: Path) -> Mod
     return check(config, path)
 
 
-def _vocab_rows(stored: dict[str, Any], path: Path) -> int:
-    if "token_embd.weight" not in stored:
-        raise ModelError(f"{path}: tensor token_embd.weight is missing")
-    return int(stored["token_embd.weight"].shape[1])
-
-
 def _rope(
     metadata: dict[str, Any], stored: dict[str, Any], family: str, max_position: int, path: Path
 ) -> RopeConfig:
     kind = metadata.get(f"{family}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise ModelError(f"{path}: {family}.rope.scaling.type {kind!r} is not served")
-    divisors = None
-    if ROPE_DIVISORS in stored:
-        divisors = tuple(float(x) for x in stored[ROPE_DIVISORS].data)
     return RopeConfig(
         theta=float(metadata.get(f"{family}.rope.freq_base", 10_000.0)),
         type="default" if kind == "none" else kind,
         factor=float(metadata.get(f"{family}.rope.scaling.factor", 1.0)),
         original_max_position=max_position,
-        divisors=divisors,
+        divisors=tuple(stored[ROPE_DIVISORS].data.tolist()) if ROPE_DIVISORS in stored else None,
     )
 
 

@@ -11,9 +11,9 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -135,7 +135,7 @@ class Streamer:
         values = lane.host[:num_bytes].view(dtype)
         with lane.entered():
             if dtype is not out.dtype:  # torch would convert on the host
-                values = lane.staging()[:num_bytes].view(dtype).copy_(values, non_blocking=True)
+                values = lane.staging[:num_bytes].view(dtype).copy_(values, non_blocking=True)
             out.copy_(values, non_blocking=True)
         lane.synchronize()
         self._arrived(num_bytes)
@@ -149,22 +149,15 @@ class _Lane:
         on_gpu = device.type == "cuda"
         self.host = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
         self._stream = torch.cuda.Stream(device) if on_gpu else None
-        self._staging: torch.Tensor | None = None
 
     def entered(self) -> AbstractContextManager[object]:
-        """Device work of this thread goes to its stream meanwhile."""
-        if self._stream is None:
-            return nullcontext()
-        stack = ExitStack()
-        stack.enter_context(torch.cuda.device(self._device))
-        stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
+        """Device work of this thread goes to its stream, and so to its device, meanwhile."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
+    @cached_property
     def staging(self) -> torch.Tensor:
         """uint8[PIECE_BYTES] on the device."""
-        if self._staging is None:
-            self._staging = torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device)
-        return self._staging
+        return torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device)
 
     def synchronize(self) -> None:
         """Wait until the page-locked memory may be written again."""
