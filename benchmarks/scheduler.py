@@ -110,12 +110,12 @@ class Load:
                 break
             encode_step(plan)
             spent["encode_step"] += clock() - planned
-            self.inflight.append((plan, len(plan.slots)))
-        plan, num_sampling = self.inflight.popleft()
+            self.inflight.append((plan, self.core.workers[WORKER].inflight[-1]))
+        plan, flight = self.inflight.popleft()
         raw = self.device.answer(plan)
         start = clock()
         message = wire.AttachRequest.FromString(raw)
-        done = decode_result(WORKER, message.result, plan.num_iterations, num_sampling, VOCAB)
+        done = decode_result(WORKER, message.result, flight, VOCAB)
         decoded = clock()
         arrivals = [self.arrival(LIFETIME) for _ in done.ended_rows]
         self.now += 0.008

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.prompt_logprobs import Wanted
 from gpu_worker.runner import StepOutputs
 from gpu_worker.spans import Report
 from kernels.rows import GOES_ON, NAN
+from kernels.sample import SampledLogprobs
 from pagoda.internal.v1 import worker_pb2
 
 MAX_UINT32 = 2**32 - 1
@@ -28,6 +30,8 @@ Events = tuple[torch.cuda.Event, torch.cuda.Event]
 def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepResult:
     """Put a step's values, which the device has delivered, into columns. The times are the caller's."""
     result = worker_pb2.StepResult(epoch=epoch, step_id=step_id)
+    if outputs.prompts is not None:
+        _add_prompts(result, *outputs.prompts)
     if outputs.drawn is None:
         return result
     values = outputs.drawn.numpy()
@@ -64,6 +68,21 @@ def _add_logprobs(columns: worker_pb2.LogprobColumns, outputs: StepOutputs, take
                 columns.top_ids.extend(ids[row][:wanted])
                 columns.top_logprobs.extend(values[row][:wanted])
                 columns.num_top.append(len(ids[row][:wanted]))
+
+
+def _add_prompts(result: worker_pb2.StepResult, wanted: Wanted, logprobs: SampledLogprobs) -> None:
+    """One entry for each token that was to be reported on, row by row."""
+    result.prompt_rows.extend(wanted.rows)
+    result.num_prompt_logprobs.extend(wanted.counts)
+    columns = result.prompt_logprobs
+    columns.token_logprobs.extend(logprobs.token_logprob.tolist())
+    columns.ranks.extend(logprobs.rank.tolist())
+    most = logprobs.top_ids.shape[1]
+    num_top = np.repeat(np.minimum(wanted.num_top, most), wanted.counts)
+    taken = np.arange(most) < num_top[:, None]
+    columns.num_top.extend(num_top.tolist())
+    columns.top_ids.extend(logprobs.top_ids.cpu().numpy()[taken].tolist())
+    columns.top_logprobs.extend(logprobs.top_logprobs.cpu().numpy()[taken].tolist())
 
 
 def microseconds(seconds: float) -> int:

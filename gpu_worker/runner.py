@@ -10,6 +10,7 @@ from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.graphs import NUM_FIRST, Graphs
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder
+from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
 from kernels.rows import accept, fork
@@ -27,6 +28,8 @@ class StepOutputs:
     sample."""
     logprobs: list[SampledLogprobs] = field(default_factory=list)
     """On the device."""
+    prompts: tuple[Wanted, SampledLogprobs] | None = None
+    """Prompt tokens that were to be reported on, and their logprobs, on the device."""
 
 
 class Runner:
@@ -89,8 +92,9 @@ class Runner:
         if not batch.shape.tokens:
             return outputs
         is_plain = batch.features == Features(any_random=batch.features.any_random)
-        if self.graphs is not None and batch.forks is None and self.graphs.takes(batch, is_plain):
-            self._replay(self.graphs, batch, is_plain, outputs)
+        graphs = self.graphs if batch.forks is None and batch.prompts is None else None
+        if graphs is not None and graphs.takes(batch, is_plain):
+            self._replay(graphs, batch, is_plain, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
@@ -113,7 +117,12 @@ class Runner:
         return target[: drawn.numel()].view(drawn.shape).copy_(drawn, non_blocking=True)
 
     def _iterate(self, inputs: Inputs, batch: Batch, drawn: torch.Tensor, outputs: StepOutputs) -> None:
-        hidden = self._forward(inputs, batch.table_width)
+        if batch.prompts is None:
+            hidden = self._forward(inputs, batch.table_width)
+        else:
+            every = self._forward(with_told(inputs, batch.prompts), batch.table_width)
+            hidden, logprobs = report(self._model, self._rows.state.tokens, *every, batch.prompts)
+            outputs.prompts = batch.prompts, logprobs
         if batch.forks is not None:
             fork(self._rows.state, *batch.forks)
         if batch.num_logprobs:

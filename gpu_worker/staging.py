@@ -18,6 +18,7 @@ import torch
 
 from gpu_worker.batch import Padding, Shape, pack
 from gpu_worker.buffers import Staging
+from gpu_worker.prompt_logprobs import Wanted, wanted
 from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
 from kernels.attention import make_tiles
 from kernels.rows import RECORD, RECORD_WORDS, Changes
@@ -76,6 +77,8 @@ class Batch:
     """Slots of the sampling rows, in order; int64[R] in host memory, without padding."""
     forks: tuple[torch.Tensor, torch.Tensor] | None = None
     """Slots of forks and of their parents, int64."""
+    prompts: Wanted | None = None
+    """The prompt tokens whose logprobs are to be reported; None where no row asked for any."""
 
 
 class _HostRows:
@@ -86,6 +89,8 @@ class _HostRows:
         self.biased = np.zeros(num_slots, dtype=bool) if biased is None else biased
         columns = np.zeros((5, num_slots), dtype=np.int64)
         self.num_tokens, self.num_computed, self.num_blocks, self.traits, self.num_logprobs = columns
+        # The last token of each prompt whose logprobs are wanted, else 0, and how many best tokens beside.
+        self.told_until, self.num_prompt_top = np.zeros((2, num_slots), dtype=np.int64)
 
 
 class Stager:
@@ -139,7 +144,8 @@ class Stager:
         # In steps of 64, so that few sizes are ever asked for.
         tokens = max(slots, sum(step.num_tokens))
         batch = self._largest_block(-(-slots // 64) * 64, -(-tokens // 64) * 64)
-        return numbers + blocks + batch + 4 * slots + 256
+        asks = self._rows.told_until.any() or any(r.sampling.HasField("num_prompt_logprobs") for r in rows)
+        return numbers + blocks + batch + 4 * slots + 6 * tokens * bool(asks) + 256
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -173,6 +179,9 @@ class Stager:
                 raise StepError(f"new row in slot {slot}: {error}") from error
             host.used[slot] = True
             host.traits[slot], host.num_logprobs[slot] = column.traits, column.num_logprobs
+            asks = row.sampling.HasField("num_prompt_logprobs") and not row.HasField("parent_slot")
+            host.told_until[slot] = row.num_prompt_tokens - 1 if asks else 0
+            host.num_prompt_top[slot] = row.sampling.num_prompt_logprobs
             if row.HasField("parent_slot"):
                 tokens, blocks = (), ()
             else:
@@ -318,7 +327,12 @@ class Stager:
         parts: dict[str, Any] = {"sample_slots": sampling, "sample_index": sample_index, "lengths": lengths}
         if self._tiled:
             parts["paged"], parts["fresh"] = tiles
-        return self._sampling_batch(step, shape, rows, sampling, slots=rows, **parts)
+        batch = self._sampling_batch(step, shape, rows, sampling, slots=rows, **parts)
+        left = self._rows.told_until[rows] - starts
+        if left.max(initial=0) > 0:
+            asking = np.stack([rows, lengths, starts, left, self._rows.num_prompt_top[rows]])
+            batch.prompts = wanted(step.slots, asking, self._staging.put_long)
+        return batch
 
     def _sampling_batch(
         self, step: worker_pb2.Step, shape: Shape, rows: np.ndarray, sampling: np.ndarray, **parts: np.ndarray

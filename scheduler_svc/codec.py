@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from pagoda.internal.v1 import worker_pb2 as wire
@@ -17,12 +17,14 @@ from scheduler_svc.core.events import (
     LogprobEntry,
     NewRow,
     Plan,
+    PromptLogprobs,
     RequestEnd,
     RowEnd,
     Sampling,
     SessionOutput,
     StepDone,
 )
+from scheduler_svc.core.worker import Flight
 
 ROW_OPTIONS = (
     "top_k",
@@ -32,6 +34,7 @@ ROW_OPTIONS = (
     "frequency_penalty",
     "repetition_penalty",
     "num_logprobs",
+    "num_prompt_logprobs",
 )
 PLAN_COLUMNS = (
     "released_slots",
@@ -101,10 +104,8 @@ def _fill_sampling(message: wire.RowSampling, sampling: Sampling) -> None:
     message.stop_token_ids.extend(sampling.stop_token_ids)
 
 
-def decode_result(
-    worker: str, result: wire.StepResult, num_iterations: int, num_sampling: int, vocab_size: int
-) -> StepDone:
-    """The event that `result` is: the answer to a step with so many iterations and sampling rows.
+def decode_result(worker: str, result: wire.StepResult, flight: Flight, vocab_size: int) -> StepDone:
+    """The event that `result` is: the answer to the step `flight`.
 
     Raises BadResult when its columns cannot be that.
     """
@@ -119,8 +120,9 @@ def decode_result(
         logprobs=_decode_logprobs(result.logprobs) if result.HasField("logprobs") else (),
         device_us=result.device_us,
         idle_us=result.idle_us,
+        prompts=_decode_prompts(result, flight) if flight.prompts or result.prompt_rows else (),
     )
-    _check_columns(event, num_iterations, num_sampling, vocab_size)
+    _check_columns(event, flight.num_iterations, len(flight.sampling), vocab_size)
     return event
 
 
@@ -163,6 +165,16 @@ def _decode_logprobs(columns: wire.LogprobColumns) -> tuple[LogprobEntry, ...]:
         entries.append(LogprobEntry(value, rank, tuple(top_ids[start:end]), tuple(top_logprobs[start:end])))
         start = end
     return tuple(entries)
+
+
+def _decode_prompts(result: wire.StepResult, flight: Flight) -> tuple[PromptLogprobs, ...]:
+    due = {row: len(told) for row, (_, told) in flight.prompts.items()}
+    came = dict(zip(result.prompt_rows, result.num_prompt_logprobs, strict=False))
+    entries = _decode_logprobs(result.prompt_logprobs)
+    if came != due or len(entries) != sum(due.values()):
+        raise BadResult(f"{len(entries)} logprobs of prompts came, by row {came}; due were {due}")
+    rest = iter(entries)
+    return tuple(PromptLogprobs(row, tuple(islice(rest, count))) for row, count in came.items())
 
 
 def tokens_checksum(tokens: Iterable[int]) -> int:
@@ -209,6 +221,11 @@ def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
         columns.logprob_rows.extend(output.logprob_rows)
         for entry in output.logprobs:
             fill_logprob(columns.logprobs.add(), entry)
+    for part in output.prompts:
+        columns.prompt_handles.append(part.of)
+        columns.num_prompt_logprobs.append(len(part.entries))
+        for entry in part.entries:
+            fill_logprob(columns.prompt_logprobs.add(), entry)
 
 
 def fill_logprob(message: pb.TokenLogprob, entry: LogprobEntry) -> None:
@@ -251,6 +268,7 @@ def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
         handles=[handle for handle, _ in rows],
         indexes=[index for _, index in rows],
         num_tokens=[len(row.tokens) for row in rows.values()],
+        prompts=[part for output in outputs for part in output.prompts],
     )
     for i, row in enumerate(rows.values()):
         merged.tokens += row.tokens

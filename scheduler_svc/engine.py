@@ -35,6 +35,7 @@ from scheduler_svc.core.events import (
 )
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.snapshot import Snapshot
+from scheduler_svc.core.worker import Flight
 from scheduler_svc.errors import DuplicateRequest, NoWorker, QueueFull, SchedulerError
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.record import Recorder
@@ -52,8 +53,8 @@ class Sink(Protocol):
         """Say that Abort ended a sample, unless it had ended."""
 
 
-# Takes a plan, the number of its sampling rows, and its message.
-SendStep = Callable[[Plan, int, bytes], None]
+# Takes a plan, what its answer is read through, and its message.
+SendStep = Callable[[Plan, Flight, bytes], None]
 
 
 class _Live(NamedTuple):
@@ -261,8 +262,7 @@ class Engine:
                 if plan is None:
                     break
                 if self._send is not None:
-                    num_sampling = len(self.core.workers[worker].inflight[-1].sampling)
-                    self._send(plan, num_sampling, encode_step(plan))
+                    self._send(plan, self.core.workers[worker].inflight[-1], encode_step(plan))
                 self._late.append(partial(self.metrics.planned, plan))
 
     def _deliver(self, outputs: Outputs) -> None:

@@ -96,8 +96,9 @@ class Outbox:
             live = self._live.get(output.handles[row])
             if live is not None:
                 live.samples.discard(output.indexes[row] if output.indexes else 0)
-        if output.handles:
-            self._add(output, len(output.tokens) + LOGPROB_WEIGHT * len(output.logprobs))
+        if output.handles or output.prompts:
+            num_entries = len(output.logprobs) + sum(len(part.entries) for part in output.prompts)
+            self._add(output, len(output.tokens) + LOGPROB_WEIGHT * num_entries)
         for end in output.ended:
             self._request_ended(end)
         self.wake.set()
@@ -319,6 +320,11 @@ def _stop(outbox: Outbox, batch: pb.StopBatch) -> str:
 
 def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensResponse]:
     for output in outputs:
+        for part in output.prompts:
+            response = pb.GenerateTokensResponse()
+            for entry in part.entries:
+                fill_logprob(response.prompt_logprobs.add(), entry)
+            yield response
         for (_, index), row in split_rows(output):
             response = pb.GenerateTokensResponse(index=index, token_ids=row.tokens)
             if row.reason is not None:

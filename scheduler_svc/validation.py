@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -145,8 +145,6 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         raise InvalidRequest(
             "sampling.min_tokens", f"is {params.min_tokens}; must be at most the {max_tokens} of max_tokens"
         )
-    if params.HasField("logprobs") and params.logprobs > MAX_LOGPROBS:
-        raise InvalidRequest("sampling.logprobs", f"is {params.logprobs}; must be from 0 to {MAX_LOGPROBS}")
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=_top_k(params, model.vocab_size),
@@ -161,8 +159,18 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         seed=params.seed if params.HasField("seed") else seed,
         min_tokens=params.min_tokens,
         stop_token_ids=_stop_ids(params, model),
-        num_logprobs=params.logprobs if params.HasField("logprobs") else None,
+        num_logprobs=_num_logprobs(params, "logprobs"),
+        num_prompt_logprobs=_num_logprobs(params, "prompt_logprobs"),
     )
+
+
+def _num_logprobs(params: pb.SamplingParams, name: Literal["logprobs", "prompt_logprobs"]) -> int | None:
+    if not params.HasField(name):
+        return None
+    number: int = getattr(params, name)
+    if number > MAX_LOGPROBS:
+        raise InvalidRequest(f"sampling.{name}", f"is {number}; must be from 0 to {MAX_LOGPROBS}")
+    return number
 
 
 def _logit_bias(params: pb.SamplingParams, vocab_size: int) -> tuple[tuple[int, float], ...]:

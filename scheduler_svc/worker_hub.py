@@ -18,6 +18,7 @@ import structlog
 from pagoda.internal.v1 import worker_pb2 as wire
 from scheduler_svc.codec import BadResult, decode_result, tokens_checksum
 from scheduler_svc.core.events import Plan, WorkerAttached
+from scheduler_svc.core.worker import Flight
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import HelloRefused, abort
 from scheduler_svc.streams import END_OF_STREAM, StreamCut
@@ -68,7 +69,7 @@ class Group:
         self.world_size = hello.world_size
         self.ranks: dict[int, Rank] = {}
         self.epoch = 0
-        self.inflight: deque[tuple[Plan, int, float]] = deque()  # with its sampling rows and time of sending
+        self.inflight: deque[tuple[Flight, float]] = deque()  # with its time of sending
         self.last_result = 0.0
         self.checksums: dict[int, dict[int, int]] = {}  # by step, then rank
         self.num_host_blocks = 0
@@ -242,12 +243,12 @@ class WorkerHub:
 
     # ------------------------------------------------------------------------------ steps, results
 
-    def send(self, plan: Plan, num_sampling: int, message: bytes) -> None:
+    def send(self, plan: Plan, flight: Flight, message: bytes) -> None:
         """Queue a step for every rank of its group."""
         group = self.groups.get(plan.worker)
         if group is None or group.epoch != plan.epoch:
             return  # its session has ended, and the core is about to hear of it
-        group.inflight.append((plan, num_sampling, time.monotonic()))
+        group.inflight.append((flight, time.monotonic()))
         for rank in list(group.ranks.values()):
             if not rank.post(message):
                 reason = f"rank {rank.hello.rank} does not read its steps"
@@ -269,10 +270,10 @@ class WorkerHub:
     def _first_rank(self, group: Group, result: wire.StepResult) -> None:
         if not group.inflight:
             raise BadResult(f"step {result.step_id} was answered and never sent")
-        plan, num_sampling, sent = group.inflight.popleft()
+        flight, sent = group.inflight.popleft()
         model = self._engine.model
         assert model is not None, "a worker is attached, so the model is known"
-        event = decode_result(group.name, result, plan.num_iterations, num_sampling, model.vocab_size)
+        event = decode_result(group.name, result, flight, model.vocab_size)
         now = time.monotonic()
         # What the window hides is no cost: a step behind another one begins when that one's result comes.
         since = now - max(sent, group.last_result)

@@ -46,6 +46,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()  # EOS included unless the request ignores it
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 # ---------------------------------------------------------------------------------- what comes in
@@ -115,6 +116,16 @@ class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Entries for some of a prompt's tokens, one behind the other.
+
+    `of` is whose they are: a row of a step's batch where they come in, a request's handle where they go out.
+    """
+
+    of: int
+    entries: tuple[LogprobEntry, ...]
+
+
 class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     """The result of one step, in columns over its sampling rows (see `StepResult` on the wire)."""
 
@@ -128,6 +139,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     logprobs: tuple[LogprobEntry, ...] = ()
     device_us: int = 0
     idle_us: int = 0
+    prompts: tuple[PromptLogprobs, ...] = ()
 
 
 Event = WorkerAttached | WorkerLost | RequestArrived | RequestStopped | StepDone
@@ -185,6 +197,7 @@ class SessionOutput(msgspec.Struct, array_like=True):
     logprob_rows: list[int] = []
     logprobs: list[LogprobEntry] = []
     ended: list[RequestEnd] = []  # requests of which every sample has ended
+    prompts: list[PromptLogprobs] = []  # each goes on where the last one of its request ended
 
 
 class RequestEnd(msgspec.Struct, frozen=True, array_like=True):

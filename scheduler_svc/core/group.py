@@ -52,6 +52,10 @@ class Group:
         self.arrived = now
         self.first_scheduled: float | None = None
         self.first_token: float | None = None
+        # The first prompt token whose logprob has not been delivered; num_prompt when no more are wanted.
+        self.next_logprob = self.num_prompt
+        if event.sampling.num_prompt_logprobs is not None and not any(r.tokens for r in event.resume):
+            self.next_logprob = 1
         self.samplings = [_with_seed(event.sampling, i) for i in range(event.n)]
         limit = min(self.num_prompt + event.max_tokens, max_model_len)
         self.samples = [

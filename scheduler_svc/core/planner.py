@@ -182,6 +182,10 @@ class _Step:
             plan.append_slots.append(slot)
             plan.append_blocks.append(block)
         self.budget -= end - start
+        group = sequence.group
+        if start < group.num_prompt - 1 and group.samplings[0].num_prompt_logprobs is not None:
+            told = range(start + 1, min(end + 1, group.num_prompt))
+            self.flight.prompts[len(plan.slots)] = group, told
         self._join(sequence, end - start)
         rows.scheduled[slot] = end
         self.chunks.append(sequence)

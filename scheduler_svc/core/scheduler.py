@@ -13,8 +13,10 @@ from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
     Event,
     Finish,
+    LogprobEntry,
     Outputs,
     Plan,
+    PromptLogprobs,
     RequestArrived,
     RequestStopped,
     RowEnd,
@@ -228,7 +230,16 @@ class Scheduler:
         for sequence in flight.first:
             if sequence.group.first_token is None:
                 sequence.group.first_token = now
+        for part in event.prompts:
+            self._take_prompt_logprobs(*flight.prompts[part.of], part.entries)
         self._take_tokens(worker, flight, event, now)
+
+    def _take_prompt_logprobs(self, group: Group, told: range, entries: tuple[LogprobEntry, ...]) -> None:
+        """Deliver what is new: a prompt that is computed again reports some of its tokens again."""
+        if group.state is not State.ENDED and told.stop > group.next_logprob:
+            new = entries[group.next_logprob - told.start :]
+            group.next_logprob = told.stop
+            self._session(group.session).prompts.append(PromptLogprobs(group.handle, new))
 
     def _take_tokens(self, worker: Worker, flight: Flight, event: StepDone, now: float) -> None:
         """Append the sampled tokens to their sequences, read only through the plan of their step."""

@@ -23,6 +23,7 @@ class Flight:
     num_iterations: int
     sampling: list[Sequence]
     first: list[Sequence] = field(default_factory=list)  # whose token follows a prefill
+    prompts: dict[int, tuple[Group, range]] = field(default_factory=dict)  # by row: tokens to report on
     num_tokens: int = 0  # of one iteration
     only_decodes: bool = True
 
@@ -136,10 +137,15 @@ class Worker:
         return sequence.hashes
 
     def hits(self, sequence: Sequence) -> list[int]:
-        """Blocks of the prefix cache that `sequence` could start on; never over its last token."""
+        """Blocks of the prefix cache that `sequence` could start on; never over its last token, or the
+        token before one whose logprob is to be delivered still: a token that is not computed reports nothing.
+        """
         if not self.use_prefix:
             return []
-        return self.index.match(self.hashes(sequence), (len(sequence.tokens) - 1) // self.block_size)
+        group, most = sequence.group, len(sequence.tokens) - 1
+        if group.next_logprob < group.num_prompt:
+            most = group.next_logprob - 1
+        return self.index.match(self.hashes(sequence), most // self.block_size)
 
     def index_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Index the full blocks of the first `num_tokens` tokens, which are known and computed."""

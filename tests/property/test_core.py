@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
     Finish,
+    LogprobEntry,
     RequestArrived,
     RequestStopped,
     Resumed,
@@ -21,7 +22,7 @@ from scheduler_svc.core.events import (
     WorkerLost,
 )
 from scheduler_svc.core.scheduler import Scheduler
-from tests.support.model_device import STOP_ID, VOCAB, ModelDevice, expected_output
+from tests.support.model_device import STOP_ID, VOCAB, ModelDevice, expected_output, prompt_logprobs
 
 
 class World:
@@ -35,6 +36,7 @@ class World:
         self.answers: dict[str, deque[StepDone]] = {}
         self.requests: dict[int, RequestArrived] = {}
         self.got: dict[int, dict[int, list[int]]] = {}
+        self.told: dict[int, list[LogprobEntry]] = {}
         self.ended: dict[int, Finish] = {}
         self.stopped: set[tuple[int, int]] = set()
         self.now = 0.0
@@ -55,17 +57,25 @@ class World:
         del self.devices[name], self.answers[name]
         self.apply(WorkerLost(name))
 
-    def arrive(self, prompt: list[int], n: int, max_tokens: int, resume: tuple[Resumed, ...] = ()) -> None:
+    def arrive(
+        self,
+        prompt: list[int],
+        n: int,
+        max_tokens: int,
+        resume: tuple[Resumed, ...] = (),
+        num_prompt_logprobs: int | None = None,
+    ) -> None:
         if self.core.refusal(len(prompt), n, max_tokens):
             return
         key = len(self.requests) + 1
-        sampling = Sampling(seed=self.random.randrange(1 << 30), stop_token_ids=(STOP_ID,))
+        seed = self.random.randrange(1 << 30)
+        sampling = Sampling(seed=seed, stop_token_ids=(STOP_ID,), num_prompt_logprobs=num_prompt_logprobs)
         event = RequestArrived(
             key=key, session=key % 3, handle=key * 10, request_id=f"r{key}", prompt=tuple(prompt), n=n,
             max_tokens=max_tokens, sampling=sampling, priority=self.random.choice((0, 0, 0, 1)),
             resume=resume,
         )  # fmt: skip
-        self.requests[key], self.got[key] = event, {i: [] for i in range(n)}
+        self.requests[key], self.got[key], self.told[key] = event, {i: [] for i in range(n)}, []
         for i, sample in enumerate(resume):
             self.got[key][i] = list(sample.tokens)
         self.apply(event)
@@ -73,16 +83,28 @@ class World:
     def apply(self, event: object) -> None:
         self.now += 0.001
         for out in self.core.apply([event], self.now).sessions.values():  # type: ignore[list-item]
+            for part in out.prompts:
+                assert part.of // 10 not in self.ended and part.entries
+                self.told[part.of // 10] += part.entries
             start = 0
             indexes = out.indexes or [0] * len(out.handles)
             counts = out.num_tokens or [1] * len(out.handles)
             for handle, index, count in zip(out.handles, indexes, counts, strict=True):
                 assert (handle // 10, index) not in self.stopped, "tokens after a stop"
+                assert len(self.told[handle // 10]) == self.num_due(handle // 10), (
+                    "tokens before the prompt's"
+                )
                 self.got[handle // 10][index] += out.tokens[start : start + count]
                 start += count
             for end in out.ended:
                 assert end.key not in self.ended, "a request ended twice"
                 self.ended[end.key] = end.reason
+
+    def num_due(self, key: int) -> int:
+        """How many logprobs of its prompt a request is to get."""
+        request = self.requests[key]
+        begun = any(sample.tokens for sample in request.resume)
+        return 0 if begun or request.sampling.num_prompt_logprobs is None else len(request.prompt) - 1
 
     def plan(self, name: str) -> bool:
         plan = self.core.plan(name, self.now)
@@ -112,6 +134,9 @@ class World:
     def check(self) -> None:
         assert set(self.ended) == set(self.requests), "a request never ended"
         for key, request in self.requests.items():
+            told = prompt_logprobs(list(request.prompt))[: self.num_due(key)]
+            whole = self.ended[key] in (Finish.STOP, Finish.LENGTH)
+            assert self.told[key] == (told if whole else told[: len(self.told[key])]), "a prompt's logprobs"
             for i in range(request.n):
                 want = expected_output(
                     list(request.prompt), request.sampling.seed + i, request.max_tokens,
@@ -145,7 +170,9 @@ def run_world(seed: int, steps: int, config: CoreConfig, workers: int = 1, death
         name, action = choose.choice(names), choose.random()
         if action < 0.10:
             n = choose.choice((1, 1, 1, 2, 4))
-            world.arrive(random_prompt(world, shared), n, choose.choice((1, 2, 5, 20, 60)))
+            wanted = choose.choice((None, None, 3))
+            prompt = random_prompt(world, shared)
+            world.arrive(prompt, n, choose.choice((1, 2, 5, 20, 60)), num_prompt_logprobs=wanted)
         elif action < 0.12 and world.requests:
             key = choose.choice(list(world.requests))
             world.stop(key, choose.choice((None, 0, world.requests[key].n - 1)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scheduler_svc.core.events import Plan, RowEnd, StepDone, WorkerAttached
+from scheduler_svc.core.events import LogprobEntry, Plan, PromptLogprobs, RowEnd, StepDone, WorkerAttached
 
 VOCAB = 50
 STOP_ID = 7
@@ -30,6 +30,13 @@ def expected_output(prompt: list[int], seed: int, max_tokens: int, stops: tuple[
     return tokens[len(prompt) :]
 
 
+def prompt_logprobs(prompt: list[int]) -> list[LogprobEntry]:
+    """What the model says of a prompt's tokens after the first: entries that tell what stands before them."""
+    return [
+        LogprobEntry(-float(hash(tuple(prompt[: i + 1])) % 10_000), i, (), ()) for i in range(1, len(prompt))
+    ]
+
+
 @dataclass
 class Row:
     """One device row."""
@@ -40,6 +47,8 @@ class Row:
     last_position: int
     seed: int
     stops: tuple[int, ...]
+    num_told: int = 0
+    """Tokens of the prompt, if their logprobs are wanted."""
     done: bool = False
 
 
@@ -65,16 +74,20 @@ class ModelDevice:
         tokens: list[int] = []
         sampled: list[int] = []
         ended: dict[int, RowEnd] = {}
+        prompts: list[PromptLogprobs] = []
         forks = {n.slot: n for n in plan.new_rows if n.parent_slot is not None}
-        for slot, count in zip(plan.slots, counts, strict=True):
+        for place, (slot, count) in enumerate(zip(plan.slots, counts, strict=True)):
+            row = self.rows[slot]
+            told = prompt_logprobs(row.tokens[: row.num_told])[row.num_computed : row.num_computed + count]
+            if told:
+                prompts.append(PromptLogprobs(place, tuple(told)))
             if slot in forks:
                 parent = self.rows[forks[slot].parent_slot]
-                row = self.rows[slot]
                 row.tokens, row.blocks = parent.tokens[: forks[slot].num_prompt_tokens], list(parent.blocks)
                 row.num_computed = len(row.tokens)
                 drawn = self._sample(row, ended, len(sampled))
             else:
-                drawn = self._forward(self.rows[slot], count, plan.num_iterations, ended, len(sampled))
+                drawn = self._forward(row, count, plan.num_iterations, ended, len(sampled))
             if drawn is not None:
                 tokens.extend(drawn)
                 sampled.append(len(drawn))
@@ -83,6 +96,7 @@ class ModelDevice:
             worker=plan.worker, epoch=plan.epoch, step_id=plan.step_id, tokens=tokens,
             num_sampled=[] if full else sampled, ended_rows=list(ended),
             ended_reasons=[int(r) for r in ended.values()], device_us=1000 * plan.num_iterations,
+            prompts=tuple(prompts),
         )  # fmt: skip
 
     def _apply_diffs(self, plan: Plan) -> None:
@@ -99,6 +113,7 @@ class ModelDevice:
             self.rows[new.slot] = Row(
                 list(new.tokens), new.num_computed, list(new.blocks), new.last_position,
                 new.sampling.seed, new.sampling.stop_token_ids,
+                0 if new.sampling.num_prompt_logprobs is None else new.num_prompt_tokens,
             )  # fmt: skip
         for slot, block in zip(plan.append_slots, plan.append_blocks, strict=True):
             self.rows[slot].blocks.append(block)

@@ -24,6 +24,7 @@ class Received:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, list[pb.TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     usage: pb.Usage | None = None
     failure: pb.RequestFailure | None = None
     began: asyncio.Event = field(default_factory=asyncio.Event)
@@ -126,6 +127,12 @@ class SessionClient:
                 entry += count
             if row in reasons:
                 received.reasons[index] = reasons[row]
+        told = 0
+        for handle, count in zip(out.prompt_handles, out.num_prompt_logprobs, strict=True):
+            received = self.received[handle]
+            received.prompt_logprobs.extend(out.prompt_logprobs[told : told + count])
+            told += count
+        assert told == len(out.prompt_logprobs), "columns do not add up"
         assert start == len(out.tokens) and entry == len(out.logprobs), "columns do not add up"
         for handle, usage in zip(out.usage_handles, out.usages, strict=True):
             self.received[handle].usage = usage

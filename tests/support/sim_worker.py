@@ -134,8 +134,10 @@ class SimDevice:
         forks = self._apply_diffs(step)
         result = wire.StepResult(epoch=step.epoch, step_id=step.step_id)
         sampled: list[int] = []
-        for slot, count in zip(step.slots, counts, strict=True):
+        for place, (slot, count) in enumerate(zip(step.slots, counts, strict=True)):
             row = self.rows[slot]
+            if row.sampling.HasField("num_prompt_logprobs"):
+                self._report(row, count, result, place)
             if slot in forks:
                 self._fork(row, self.rows[forks[slot]])
                 drawn = self._sample(row, result, len(sampled))
@@ -234,6 +236,16 @@ class SimDevice:
             if row.done:
                 break
         return drawn
+
+    def _report(self, row: Row, count: int, result: wire.StepResult, place: int) -> None:
+        """Logprobs of the prompt's tokens behind those of a chunk."""
+        told = row.tokens[row.num_computed + 1 : min(row.num_computed + count + 1, row.num_prompt)]
+        if told:
+            result.prompt_rows.append(place)
+            result.num_prompt_logprobs.append(len(told))
+        for token in told:
+            number = row.sampling.num_prompt_logprobs
+            _add_logprobs(result.prompt_logprobs, token, number, self.vocab_size)
 
     def _write(self, row: Row, position: int) -> None:
         index, offset = divmod(position, self.block_size)

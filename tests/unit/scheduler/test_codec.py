@@ -19,10 +19,12 @@ from scheduler_svc.core.events import (
     LogprobEntry,
     NewRow,
     Plan,
+    PromptLogprobs,
     RequestEnd,
     Sampling,
     SessionOutput,
 )
+from scheduler_svc.core.worker import Flight
 from scheduler_svc.errors import QueueFull
 
 VOCAB = 49152
@@ -102,7 +104,8 @@ def test_what_is_off_is_absent() -> None:
 
 
 def decode(num_sampling: int, num_iterations: int = 1, **fields: Any) -> Any:
-    return decode_result("w0", wire.StepResult(**fields), num_iterations, num_sampling, VOCAB)
+    rows: list[Any] = [None] * num_sampling
+    return decode_result("w0", wire.StepResult(**fields), Flight(0, num_iterations, rows), VOCAB)
 
 
 def test_a_result_arrives() -> None:
@@ -151,6 +154,36 @@ def test_a_result_arrives() -> None:
 def test_a_result_that_cannot_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(BadResult):
         decode(2, **fields)
+
+
+def decode_prompts(due: dict[int, int], came: dict[int, int], num_entries: int) -> tuple[PromptLogprobs, ...]:
+    """An answer of no sampling rows and so many logprobs of prompts, of which row by row so many are due."""
+    flight = Flight(0, 1, [])
+    flight.prompts = {row: (None, range(5, 5 + count)) for row, count in due.items()}  # type: ignore[misc]
+    values = list(range(num_entries))
+    columns = wire.LogprobColumns(token_logprobs=values, ranks=[1] * num_entries, num_top=[0] * num_entries)
+    result = wire.StepResult(
+        prompt_rows=list(came), num_prompt_logprobs=list(came.values()), prompt_logprobs=columns
+    )
+    return decode_result("w0", result, flight, VOCAB).prompts
+
+
+def test_logprobs_of_prompts_arrive() -> None:
+    zero, one, two = (LogprobEntry(value, 1, (), ()) for value in range(3))
+    expected = (PromptLogprobs(1, (zero, one)), PromptLogprobs(4, (two,)))
+    assert decode_prompts({1: 2, 4: 1}, {1: 2, 4: 1}, 3) == expected
+    assert decode_prompts({}, {}, 0) == ()
+
+
+@pytest.mark.parametrize(
+    ("came", "num_entries"),
+    [({}, 0), ({1: 2}, 2), ({1: 2, 4: 1}, 2), ({1: 1, 4: 2}, 3), ({1: 2, 3: 1}, 3), ({1: 2, 4: 1, 5: 1}, 4)],
+)
+def test_logprobs_of_prompts_that_are_not_due_are_refused(came: dict[int, int], num_entries: int) -> None:
+    with pytest.raises(BadResult, match="logprobs of prompts"):
+        decode_prompts({1: 2, 4: 1}, came, num_entries)
+    with pytest.raises(BadResult, match="logprobs of prompts"):
+        decode_prompts({}, {0: 1}, 1)
 
 
 def test_checksums_tell_tokens_apart() -> None:
@@ -207,6 +240,10 @@ def test_an_output_arrives_as_it_is() -> None:
         ended_reasons=[3],
         logprob_rows=[1],
         logprobs=[LogprobEntry(-0.5, 1, (3, 4), (-0.5, -2))],
+        prompts=[
+            PromptLogprobs(7, (LogprobEntry(-1, 2, (6,), (-0.25,)), LogprobEntry(-2, 3, (), ()))),
+            PromptLogprobs(5, (LogprobEntry(-4, 1, (), ()),)),
+        ],
     )
     failure = QueueFull(10).failure(99)
     columns = pb.SessionResponse.FromString(encode_output([output], [end(8)], [failure])).output
@@ -217,6 +254,12 @@ def test_an_output_arrives_as_it_is() -> None:
     assert columns.logprobs[0] == pb.TokenLogprob(
         logprob=-0.5, rank=1, top_ids=[3, 4], top_logprobs=[-0.5, -2]
     )
+    assert list(columns.prompt_handles) == [7, 5] and list(columns.num_prompt_logprobs) == [2, 1]
+    assert list(columns.prompt_logprobs) == [
+        pb.TokenLogprob(logprob=-1, rank=2, top_ids=[6], top_logprobs=[-0.25]),
+        pb.TokenLogprob(logprob=-2, rank=3),
+        pb.TokenLogprob(logprob=-4, rank=1),
+    ]
     assert list(columns.usage_handles) == [8]
     assert columns.usages[0] == pb.Usage(prompt_tokens=10, cached_tokens=4, completion_tokens=7)
     assert columns.failures[0].handle == 99 and columns.failures[0].retry_after_ms == 1000
@@ -274,10 +317,11 @@ def test_merged_outputs_say_the_same_in_one_row_a_sample(made: list[SessionOutpu
 
 
 def test_outputs_of_one_step_may_leave_columns_out() -> None:
-    lean = SessionOutput(handles=[1, 2], tokens=[5, 6])
-    more = SessionOutput(handles=[2, 3], tokens=[7, 8])
+    told = [PromptLogprobs(handle, (LogprobEntry(-1, 1, (), ()),)) for handle in (3, 9, 3)]
+    lean = SessionOutput(handles=[1, 2], tokens=[5, 6], prompts=told[:1])
+    more = SessionOutput(handles=[2, 3], tokens=[7, 8], prompts=told[1:])
     merged = merge_outputs([lean, more])
     assert merged == SessionOutput(
-        handles=[1, 2, 3], indexes=[0, 0, 0], num_tokens=[1, 2, 1], tokens=[5, 6, 7, 8]
+        handles=[1, 2, 3], indexes=[0, 0, 0], num_tokens=[1, 2, 1], tokens=[5, 6, 7, 8], prompts=told
     )
     assert msgspec.structs.asdict(lean)["num_tokens"] == [], "what was merged is left as it was"

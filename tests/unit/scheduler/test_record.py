@@ -33,7 +33,9 @@ async def run_recorded(path: Path, num_requests: int) -> None:
             for i in range(num_requests):
                 prompt = [1 + i % 3] * choose.randrange(1, 30) + [choose.randrange(999)]
                 n = choose.choice((1, 1, 1, 2))
-                (handle,) = await client.submit(request(prompt, max_tokens=1 + i % 40, seed=i, n=n))
+                asks = {"prompt_logprobs": 2} if i % 4 == 0 else {}
+                made = request(prompt, max_tokens=1 + i % 40, seed=i, n=n, **asks)
+                (handle,) = await client.submit(made)
                 if choose.random() < 0.1:
                     await client.stop(handle, choose.choice((None, 0)))
                 else:

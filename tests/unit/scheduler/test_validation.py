@@ -53,7 +53,7 @@ def test_given_values_arrive() -> None:
     checked = check(
         temperature=0, top_k=5, top_p=0.5, min_p=0.25, presence_penalty=-2, frequency_penalty=2,
         repetition_penalty=1.5, logit_bias={9: -1.5, 4: 2}, seed=0, n=8, max_tokens=7, min_tokens=7,
-        stop_token_ids=[9, 2], logprobs=0,
+        stop_token_ids=[9, 2], logprobs=0, prompt_logprobs=20,
     )  # fmt: skip
     sampling = checked.sampling
     assert (checked.n, checked.max_tokens) == (8, 7)
@@ -62,6 +62,7 @@ def test_given_values_arrive() -> None:
     assert sampling.repetition_penalty == 1.5
     assert sampling.logit_bias == ((4, 2.0), (9, -1.5))
     assert (sampling.seed, sampling.min_tokens, sampling.num_logprobs) == (0, 7, 0)
+    assert sampling.num_prompt_logprobs == 20
     assert sampling.stop_token_ids == (2, 3, 9)
 
 
@@ -109,6 +110,7 @@ def test_absent_max_tokens_is_cut_to_what_the_cache_can_hold() -> None:
         ("stop_token_ids", {"stop_token_ids": [1000]}),
         ("stop_token_ids", {"stop_token_ids": [4, 5, 6]}),
         ("logprobs", {"logprobs": 21}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
     ],
 )
 def test_bad_sampling_names_the_field(field: str, sampling: dict[str, Any]) -> None:
