@@ -17,6 +17,7 @@ from gateway_svc.text.stops import StopMatcher
 from pagoda.v1 import scheduler_pb2 as pb
 
 STOP = int(pb.FINISH_REASON_STOP)
+LENGTH = int(pb.FINISH_REASON_LENGTH)
 NOT_ENDED = int(pb.FINISH_REASON_UNSPECIFIED)
 
 
@@ -32,6 +33,7 @@ class GenerationSpec:
     skip_special: bool = True
     priority: int = 0
     cache_salt: str = ""
+    drop_output: bool = False  # only the prompt is wanted; the one token that must be drawn is nobody's
 
 
 @dataclass(slots=True)
@@ -144,6 +146,7 @@ class Generation:
         self.spec = spec
         self.job = job
         self.samples = [Sample(self, i, table) for i in range(spec.sampling.n)]
+        self.prompt_logprobs: list[pb.TokenLogprob] = []  # of the prompt's tokens after the first
         self.usage: pb.Usage | None = None
         self.first_token_at: float | None = None
         self.ended = False
@@ -159,7 +162,9 @@ class Generation:
             cache_salt=spec.cache_salt,
             traceparent=self.job.traceparent,
         )
-        if self.first_token_at is not None:
+        if self.first_token_at is None:
+            self.prompt_logprobs.clear()  # they all come again
+        else:
             request.resume.extend(
                 pb.ResumedSample(token_ids=sample.token_ids, finished=sample.finish_reason != NOT_ENDED)
                 for sample in self.samples
@@ -179,6 +184,8 @@ class Generation:
                 interval = (now - sample.last_token_at) / len(token_ids)
                 self.job.metrics.inter_token_latency.add(interval, len(token_ids))
             sample.last_token_at = now
+        if self.spec.drop_output:
+            token_ids, logprobs, reason = [], [], LENGTH if reason == STOP else reason
         stopped = sample.feed(token_ids, logprobs, reason)
         self.job.on_news(sample)
         return stopped

@@ -188,6 +188,8 @@ class SchedulerLink:
         tokens, indexes, counts = list(output.tokens), list(output.indexes), list(output.num_tokens)
         reasons = dict(zip(output.ended_rows, output.ended_reasons, strict=True)) if output.ended_rows else {}
         with_logprobs = frozenset(output.logprob_rows)
+        if output.prompt_handles:
+            self._deliver_prompts(output)
         logprobs_used = start = 0
         for row, handle in enumerate(output.handles):
             end = start + (counts[row] if counts else 1)
@@ -208,6 +210,15 @@ class SchedulerLink:
         for failure in output.failures:
             if failure.handle in self._open:
                 self._forget(failure.handle).on_failure(RequestFailed(failure))
+
+    def _deliver_prompts(self, output: pb.OutputColumns) -> None:
+        """Hand the logprobs of prompts to their requests, before anything that was drawn after them."""
+        start = 0
+        for handle, count in zip(output.prompt_handles, output.num_prompt_logprobs, strict=True):
+            generation = self._open.get(handle)
+            if generation is not None:
+                generation.prompt_logprobs += output.prompt_logprobs[start : start + count]
+            start += count
 
     def _stop(self, handle: int, index: int, reason: pb.StopReason.ValueType) -> None:
         self._stops.append((handle, index, reason))

@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from gateway_svc.errors import GatewayError
 from gateway_svc.gateway import FINISH_NAMES, Gateway, usage_of
-from gateway_svc.generation import Job, Sample
+from gateway_svc.generation import Generation, Job, Sample
 from gateway_svc.openai import replies
-from gateway_svc.openai.logprobs import chat_logprobs
+from gateway_svc.openai.logprobs import chat_logprobs, prompt_logprobs
 from gateway_svc.openai.params import (
     check_supported,
     max_tokens_of,
@@ -57,6 +57,7 @@ class ChatRenderer:
         self._table = gateway.tokenizer.verbatim
         self._wants_logprobs = bool(body.logprobs)
         self._wants_ids = bool(body.return_token_ids)
+        self._num_prompt_logprobs = body.prompt_logprobs
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._usage_of_chunks = None if wants_usage else UNSET
         self._begun: set[int] = set()
@@ -83,6 +84,7 @@ class ChatRenderer:
             choices=choices,
             usage=replies.Usage.of(usage_of(job)),
             prompt_token_ids=job.generations[0].spec.prompt if self._wants_ids else UNSET,
+            prompt_logprobs=self._prompt_logprobs(job.generations[0]),
         )
 
     def chunks(self, sample: Sample) -> list[replies.ChatChunk]:
@@ -91,10 +93,13 @@ class ChatRenderer:
         place, reason = sample.index, FINISH_NAMES.get(sample.finish_reason)
         chunks = []
         if place not in self._begun:
+            is_first = not self._begun
             self._begun.add(place)
             first = self._chunk(replies.ChunkChoice(place, replies.ChoiceDelta("assistant", ""), None, None))
             if self._wants_ids:
                 first.prompt_token_ids = sample.generation.spec.prompt
+            if is_first:
+                first.prompt_logprobs = self._prompt_logprobs(sample.generation)
             chunks.append(first)
         if delta.text or reason or ((self._wants_logprobs or self._wants_ids) and delta.token_ids):
             choice = replies.ChunkChoice(
@@ -116,6 +121,11 @@ class ChatRenderer:
 
     def _chunk(self, choice: replies.ChunkChoice) -> replies.ChatChunk:
         return replies.ChatChunk(self._id, self._created, self._model, [choice], usage=self._usage_of_chunks)
+
+    def _prompt_logprobs(self, generation: Generation) -> replies.PromptLogprobs | UnsetType:
+        if self._num_prompt_logprobs is None:
+            return UNSET
+        return prompt_logprobs(self._table, generation, self._num_prompt_logprobs)
 
     def _logprobs(self, delta: Any) -> replies.ChatLogprobs | None:
         if not self._wants_logprobs or not delta.token_ids:

@@ -13,7 +13,7 @@ from gateway_svc.errors import GatewayError, InvalidField
 from gateway_svc.gateway import FINISH_NAMES, MAX_SAMPLES, Gateway, usage_of
 from gateway_svc.generation import Delta, Job, Sample
 from gateway_svc.openai import replies
-from gateway_svc.openai.logprobs import CompletionLogprobsBuilder
+from gateway_svc.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
 from gateway_svc.openai.params import check_supported, max_tokens_of, sampling_of, spec_of
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of, new_call
 from gateway_svc.openai.responses import JobResponse
@@ -81,6 +81,8 @@ class CompletionRenderer:
         self._created = int(time.time())
         self._model = gateway.model_name
         self._echoes = echoes
+        self._tokenizer = gateway.tokenizer
+        self._num_prompt_logprobs = body.prompt_logprobs
         self._wants_ids = bool(body.return_token_ids)
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._usage_of_chunks = None if wants_usage else UNSET
@@ -88,7 +90,7 @@ class CompletionRenderer:
         self._logprobs: dict[Sample, CompletionLogprobsBuilder] = {}
         if body.logprobs is not None:
             table = gateway.tokenizer.verbatim
-            self._logprobs = {sample: CompletionLogprobsBuilder(table) for sample in self._places}
+            self._logprobs = {s: CompletionLogprobsBuilder(table, body.logprobs) for s in self._places}
         self._begun: set[Sample] = set()
 
     def whole(self, job: Job) -> replies.Completion:
@@ -122,7 +124,7 @@ class CompletionRenderer:
         delta = sample.take()
         is_first = sample not in self._begun
         self._begun.add(sample)
-        prompt = sample.generation.spec.prompt
+        generation = sample.generation
         choice = replies.CompletionChoice(
             index=self._places[sample],
             text=delta.text,
@@ -130,13 +132,20 @@ class CompletionRenderer:
             finish_reason=FINISH_NAMES.get(sample.finish_reason),
         )
         if is_first and self._echoes is not None:
-            choice.text = self._echoes[choice.index // len(sample.generation.samples)] + choice.text
+            choice.text = self._echo(sample) + choice.text
+        if is_first and self._num_prompt_logprobs is not None:
+            table = self._tokenizer.verbatim
+            choice.prompt_logprobs = prompt_logprobs(table, generation, self._num_prompt_logprobs)
         if sample.finish_reason:
             choice.stop_reason = sample.stop_reason
         if self._wants_ids:
             choice.token_ids = delta.token_ids
-            choice.prompt_token_ids = prompt if is_first else UNSET
+            choice.prompt_token_ids = generation.spec.prompt if is_first else UNSET
         return choice
+
+    def _echo(self, sample: Sample) -> str:
+        assert self._echoes is not None
+        return self._echoes[self._places[sample] // len(sample.generation.samples)]
 
     def _logprobs_of(self, sample: Sample, delta: Delta, is_first: bool) -> replies.CompletionLogprobs | None:
         builder = self._logprobs.get(sample)
@@ -144,7 +153,8 @@ class CompletionRenderer:
             return None
         pieces = []
         if is_first and self._echoes is not None:
-            pieces.append(builder.prompt(sample.generation.spec.prompt))
+            visible = self._tokenizer.visible
+            pieces.append(builder.prompt(sample.generation, self._echo(sample), visible))
         if delta.token_ids:
             pieces.append(builder.piece(delta.token_ids, delta.logprobs))
         if not pieces:

@@ -1,10 +1,19 @@
-"""Log probabilities in the two shapes that OpenAI gave them."""
+"""Log probabilities in the two shapes that OpenAI gave them, and in vLLM's for prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, zip_longest
 
-from gateway_svc.openai.replies import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
+from gateway_svc.generation import Generation
+from gateway_svc.openai.replies import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
 from gateway_svc.text.detokenize import Detokenizer, TokenBytes
 from pagoda.v1 import scheduler_pb2 as pb
 
@@ -27,45 +36,69 @@ def chat_logprobs(
     return ChatLogprobs(content)
 
 
+def prompt_logprobs(table: TokenBytes, generation: Generation, num_top: int) -> PromptLogprobs:
+    """vLLM's shape: for each token of the prompt, itself and then the best `num_top`; null for the first."""
+    entries: PromptLogprobs = [None]
+    for token_id, entry in zip(generation.spec.prompt[1:], generation.prompt_logprobs, strict=False):
+        own = PromptLogprob(max(entry.logprob, LOWEST), entry.rank, _text(table[token_id]))
+        best = {
+            str(i): PromptLogprob(max(value, LOWEST), rank, _text(table[i]))
+            for rank, i, value in zip(range(1, num_top + 1), entry.top_ids, entry.top_logprobs, strict=False)
+        }
+        best.pop(str(token_id), None)
+        entries.append({str(token_id): own, **best})
+    return entries
+
+
 class CompletionLogprobsBuilder:
     """The parallel lists of one sample, piece by piece: offsets go on from piece to piece."""
 
-    def __init__(self, table: TokenBytes, offset: int = 0) -> None:
+    def __init__(self, table: TokenBytes, num_top: int) -> None:
+        """`table` spells special tokens out; `num_top` alternatives are given for each token."""
         self._table = table
+        self._num_top = num_top
         self._detokenizer = Detokenizer(table)
-        self._offset = offset
+        self._offset = 0
 
     def piece(self, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprob]) -> CompletionLogprobs:
         """Entries for new tokens."""
         piece = CompletionLogprobs([], [], [], [])
         for token_id, entry in zip(token_ids, logprobs, strict=True):
-            alternatives = zip(entry.top_ids, entry.top_logprobs, strict=True)
-            top = {self._name(i): max(value, LOWEST) for i, value in alternatives}
-            name = self._name(token_id)
-            top.setdefault(name, max(entry.logprob, LOWEST))
-            self._append(piece, token_id, name, max(entry.logprob, LOWEST), top)
+            self._append(piece, token_id, entry)
+            self._offset += len(self._detokenizer.feed((token_id,)))
         return piece
 
-    def prompt(self, token_ids: Sequence[int]) -> CompletionLogprobs:
-        """Entries for an echoed prompt: its tokens were not drawn, so they have no logprobs."""
+    def prompt(self, generation: Generation, text: str, visible: TokenBytes) -> CompletionLogprobs:
+        """Entries for a prompt that is echoed as `text`; its first token follows nothing and has no logprob.
+
+        A special token that the tokenizer added is not in the text, and may be known by `visible`, which does
+        not spell such tokens out. One that puts a space before the text has it in its first token alone.
+        """
         piece = CompletionLogprobs([], [], [], [])
-        for token_id in token_ids:
-            self._append(piece, token_id, self._name(token_id), None, None)
+        detokenizer = Detokenizer(self._table)
+        entries = [None, *generation.prompt_logprobs]
+        for token_id, entry in zip_longest(generation.spec.prompt, entries):
+            self._append(piece, token_id, entry)
+            part = detokenizer.feed((token_id,))
+            if not text.startswith(part, self._offset):
+                part = part.removeprefix(" ") if visible[token_id] else ""
+            self._offset = min(self._offset + len(part), len(text))
+        self._offset = len(text)
         return piece
 
-    def _append(
-        self,
-        piece: CompletionLogprobs,
-        token_id: int,
-        name: str,
-        logprob: float | None,
-        top: dict[str, float] | None,
-    ) -> None:
+    def _append(self, piece: CompletionLogprobs, token_id: int, entry: pb.TokenLogprob | None) -> None:
+        name = self._name(token_id)
         piece.tokens.append(name)
-        piece.token_logprobs.append(logprob)
-        piece.top_logprobs.append(top)
         piece.text_offset.append(self._offset)
-        self._offset += len(self._detokenizer.feed((token_id,)))
+        if entry is None:
+            piece.token_logprobs.append(None)
+            piece.top_logprobs.append(None)
+            return
+        best = islice(zip(entry.top_ids, entry.top_logprobs, strict=True), self._num_top)
+        top = {self._name(i): max(value, LOWEST) for i, value in best}
+        top.setdefault(name, max(entry.logprob, LOWEST))
+        piece.token_logprobs.append(max(entry.logprob, LOWEST))
+        piece.top_logprobs.append(top)
 
     def _name(self, token_id: int) -> str:
         """The token's text, or its bytes spelt out: the alternatives are keys, which must differ."""

@@ -31,8 +31,6 @@ def check_supported(body: SamplingBody) -> None:
         raise NotSupported("structured_outputs")
     if body.use_beam_search:
         raise NotSupported("use_beam_search", "leave it out, or sample with n")
-    if body.prompt_logprobs is not None:
-        raise NotSupported("prompt_logprobs")
     if isinstance(body, ChatRequest) and body.tool_choice != "none":
         if body.tools:
             raise NotSupported("tools", "leave them out, or set tool_choice to 'none'")
@@ -43,6 +41,8 @@ def check_supported(body: SamplingBody) -> None:
             raise NotSupported("suffix")
         if body.best_of is not None and body.best_of != body.n:
             raise InvalidField("best_of", f"is {body.best_of}; only the value of n, {body.n}, is supported")
+        if body.max_tokens == 0 and not body.echo:
+            raise InvalidField("max_tokens", "is 0; must be at least 1, unless the prompt is echoed")
 
 
 def sampling_of(body: SamplingBody) -> pb.SamplingParams:
@@ -62,11 +62,15 @@ def sampling_of(body: SamplingBody) -> pb.SamplingParams:
         sampling.logit_bias[int(token)] = bias
     max_tokens, logprobs = max_tokens_of(body), _logprobs_of(body)
     if max_tokens is not None:
-        sampling.max_tokens = max_tokens
+        sampling.max_tokens = max(max_tokens, 1)  # a request draws a token; see `spec_of`
         if sampling.min_tokens > max_tokens:
             raise InvalidField("min_tokens", f"is {sampling.min_tokens}, but max_tokens is {max_tokens}")
     if logprobs is not None:
         sampling.logprobs = logprobs
+    echoed = logprobs if isinstance(body, CompletionRequest) and body.echo else None
+    wanted = [number for number in (body.prompt_logprobs, echoed) if number is not None]
+    if wanted:
+        sampling.prompt_logprobs = max(wanted)
     return sampling
 
 
@@ -100,6 +104,7 @@ def spec_of(
         skip_special=body.skip_special_tokens,
         priority=body.priority,
         cache_salt=body.cache_salt or "",
+        drop_output=max_tokens_of(body) == 0,
     )
 
 

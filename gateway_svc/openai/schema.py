@@ -64,13 +64,15 @@ class SamplingBody(Body):
     request_id: str | None = Field(None, max_length=MAX_REQUEST_ID_BYTES - 8, pattern=r"^[!-~]+$")
     cache_salt: str | None = Field(None, max_length=1024)
     return_token_ids: bool | None = None
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Logprobs of the prompt's tokens, and so many alternatives."
+    )
     add_special_tokens: bool | None = Field(None, description="Default: for text, not for chats.")
     user: str | None = None
     # Later versions support these. They are declared so that asking for them is an error, not a surprise.
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     use_beam_search: bool | None = None
-    prompt_logprobs: int | None = None
 
 
 class ContentPart(Body):
@@ -114,7 +116,8 @@ class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    echo: bool | None = False
+    max_tokens: int | None = Field(None, ge=0, le=INT32_MAX, description="0 is for echo alone; default 16.")
+    echo: bool | None = Field(False, description="The prompt first: its text and, if asked for, logprobs.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
     suffix: str | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, NoReturn
 
 from grpc_status import rpc_status
@@ -28,6 +29,8 @@ from pagoda.v1 import scheduler_pb2
 
 Context = Any  # grpc.aio.ServicerContext; its stubs lack abort_with_status
 MAX_SAMPLES_A_REQUEST = 128
+# Of prompts, in one message: with 20 alternatives each, a tenth of what many clients take at most.
+MOST_LOGPROBS = 2048
 ROLES = frozenset(["system", "user", "assistant"])
 
 
@@ -148,10 +151,7 @@ class InferenceService(rpc.InferenceServiceServicer):
         waiting: pb.GenerateResponse | None = None
         is_first = True
         while news := await job.next():
-            for sample in news:
-                response = _response(sample)
-                if response is None:
-                    continue
+            for response in itertools.chain.from_iterable(map(_news, news)):
                 if is_first:
                     response.request_id = call.request_id
                     is_first = False
@@ -166,6 +166,19 @@ class InferenceService(rpc.InferenceServiceServicer):
             waiting = pb.GenerateResponse(request_id=call.request_id if is_first else "")
         waiting.usage.CopyFrom(usage_of(job))
         yield waiting
+
+
+def _news(sample: Sample) -> Iterator[pb.GenerateResponse]:
+    """What is new of a sample; before the first one's, what there is to say of the prompt."""
+    generation = sample.generation
+    told, generation.prompt_logprobs = generation.prompt_logprobs, []
+    for start in range(0, len(told), MOST_LOGPROBS):
+        ids = generation.spec.prompt if not start else ()
+        some = told[start : start + MOST_LOGPROBS]
+        yield pb.GenerateResponse(index=sample.index, prompt_logprobs=some, prompt_token_ids=ids)
+    response = _response(sample)
+    if response is not None:
+        yield response
 
 
 def _response(sample: Sample) -> pb.GenerateResponse | None:

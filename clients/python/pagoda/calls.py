@@ -229,6 +229,9 @@ class Progress:
         self._request = request
         self._samples = [_SampleProgress() for _ in range(max(request.sampling.n, 1))]
         self._usage: Usage | None = None
+        self._prompt_ids: tuple[int, ...] = ()
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._num_repeated = 0  # of these, how many this try will bring again
 
     @property
     def request_id(self) -> str:
@@ -247,14 +250,13 @@ class Progress:
         if any(sample.token_ids or sample.finish_reason for sample in self._samples):
             for sample in self._samples:
                 request.resume.add(token_ids=sample.token_ids, finished=bool(sample.finish_reason))
+        else:
+            self._num_repeated = len(self._prompt_logprobs)
         return request
 
     def accept(self, response: pb.GenerateResponse) -> Chunk:
         """Take what came, and hand it on."""
-        logprobs = tuple(
-            TokenLogprob(token, lp.logprob, lp.rank, tuple(zip(lp.top_ids, lp.top_logprobs, strict=True)))
-            for token, lp in zip(response.token_ids, response.logprobs, strict=False)
-        )
+        logprobs = tuple(map(_logprob, response.token_ids, response.logprobs))
         usage = None
         if response.HasField("usage"):
             u = response.usage
@@ -267,6 +269,7 @@ class Progress:
             finish_reason=_FINISH_REASONS.get(response.finish_reason, "error"),
             stop_reason=response.stop_reason or None,
             usage=usage,
+            prompt_logprobs=self._of_prompt(response),
         )
         self._samples[chunk.index].add(chunk)
         return chunk
@@ -274,7 +277,18 @@ class Progress:
     def completion(self) -> Completion:
         """Everything that has come."""
         samples = tuple(sample.result(i) for i, sample in enumerate(self._samples))
-        return Completion(self.request_id, samples, self._usage)
+        return Completion(self.request_id, samples, self._usage, tuple(self._prompt_logprobs))
+
+    def _of_prompt(self, response: pb.GenerateResponse) -> tuple[TokenLogprob, ...]:
+        """What is new of the prompt's logprobs."""
+        if response.prompt_token_ids:
+            self._prompt_ids = tuple(response.prompt_token_ids)
+        repeated = min(self._num_repeated, len(response.prompt_logprobs))
+        self._num_repeated -= repeated
+        ids = self._prompt_ids[len(self._prompt_logprobs) + 1 :]
+        new = tuple(map(_logprob, ids, response.prompt_logprobs[repeated:]))
+        self._prompt_logprobs += new
+        return new
 
 
 class Tries:
@@ -355,6 +369,11 @@ class _SampleProgress:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )
+
+
+def _logprob(token_id: int, entry: spb.TokenLogprob) -> TokenLogprob:
+    top = tuple(zip(entry.top_ids, entry.top_logprobs, strict=True))
+    return TokenLogprob(token_id, entry.logprob, entry.rank, top)
 
 
 def _set_sampling(sampling: spb.SamplingParams, name: str, value: Any) -> None:

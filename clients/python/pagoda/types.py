@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int
+    prompt_logprobs: int
     stop: str | Sequence[str]
     include_stop_str_in_output: bool
     skip_special_tokens: bool
@@ -60,7 +61,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What is new of one sample. `text` may be empty while a character is incomplete."""
+    """What is new of one sample. `text` may be empty while a character is incomplete.
+
+    `prompt_logprobs` are of the prompt, whatever `index` says, and come before anything of a sample.
+    """
 
     index: int
     text: str
@@ -69,6 +73,7 @@ class Chunk:
     finish_reason: str | None = None
     stop_reason: str | None = None
     usage: Usage | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +90,15 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to a request: `samples`, of which the first is also at hand directly."""
+    """The answer to a request: `samples`, of which the first is also at hand directly.
+
+    `prompt_logprobs` are of the prompt's tokens after the first, where they were asked for.
+    """
 
     request_id: str
     samples: tuple[Sample, ...]
     usage: Usage | None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def text(self) -> str:

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import pytest
 
 import pagoda
-from pagoda import calls
+from pagoda import TokenLogprob, calls
+from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import failure, last, play, resumed, serving, token
 
@@ -132,6 +133,26 @@ def test_losing_only_the_end_of_the_stream_is_no_loss(run: Any) -> None:
     with serving(play(last(0), UNAVAILABLE)) as server:
         assert run(server.target, lambda c: c.generate("hi")).text == "a"
     assert len(server.requests) == 1
+
+
+def told(*tokens: int, ids: Sequence[int] = ()) -> pb.GenerateResponse:
+    """A response with the logprobs of some of a prompt's tokens, and the ids of all of them."""
+    entries = [spb.TokenLogprob(logprob=-t, rank=t, top_ids=[t, 0], top_logprobs=[-t, -9]) for t in tokens]
+    return pb.GenerateResponse(prompt_logprobs=entries, prompt_token_ids=ids)
+
+
+def test_a_prompts_logprobs_come_once(run: Any) -> None:
+    """A try that drew nothing is begun anew, and what it said of the prompt is not said again."""
+    prompt, broken = [9, 1, 2, 3, 4, 5], failure(grpc.StatusCode.UNAVAILABLE)
+    expected = tuple(TokenLogprob(t, -t, t, ((t, -t), (0, -9))) for t in prompt[1:])
+    first = play(told(1, 2, 3, ids=prompt), broken)
+    second = play(told(1, 2, ids=prompt), told(3, 4), broken)
+    third = play(told(1, 2, 3, 4, 5, ids=prompt), token(0), broken)
+    with serving(first, second, third, play(last(1))) as server:
+        done = run(server.target, lambda c: c.generate("hi", prompt_logprobs=2))
+    assert done.prompt_logprobs == expected and done.text == "ab"
+    assert server.requests[0].sampling.prompt_logprobs == 2
+    assert [resumed(r) for r in server.requests] == [[], [], [], [([0], False)]]
 
 
 def test_progress_resets_the_count_of_retries(run: Any) -> None:

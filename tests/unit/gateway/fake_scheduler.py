@@ -61,6 +61,7 @@ class Stream:
     number: int
     rows: list[Row] = field(default_factory=list)
     open: dict[int, pb.GenerateTokensRequest] = field(default_factory=dict)
+    untold: dict[int, pb.GenerateTokensRequest] = field(default_factory=dict)  # whose prompts have logprobs
     failures: list[pb.RequestFailure] = field(default_factory=list)
     over: bool = False
 
@@ -174,6 +175,8 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
             return
         assert request.sampling.HasField("seed"), "the gateway mints a seed where the client gave none"
         session.open[handle] = request
+        if request.sampling.HasField("prompt_logprobs"):
+            session.untold[handle] = request
         sampling = request.sampling
         eos = set() if sampling.ignore_eos or self.model is None else set(self.model.eos_token_ids)
         for index in range(sampling.n):
@@ -204,6 +207,14 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
     def _step(self, session: Stream) -> pb.OutputColumns | None:
         """One step: columns over all rows of the session, the sparse ones only where they are needed."""
         output = pb.OutputColumns()
+        for handle, request in session.untold.items():
+            tokens = list(request.prompt_token_ids)[1:]
+            for part in (tokens[:2], tokens[2:]):  # as of two chunks
+                output.prompt_handles.append(handle)
+                output.num_prompt_logprobs.append(len(part))
+                number = request.sampling.prompt_logprobs
+                output.prompt_logprobs.extend(prompt_logprob(token, number) for token in part)
+        session.untold.clear()
         for row in session.rows:
             tokens, reason = row.step(self.tokens_a_step)
             place = len(output.handles)
@@ -232,6 +243,16 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
         output.failures.extend(session.failures)
         session.failures.clear()
         return output if output.handles or output.usage_handles or output.failures else None
+
+
+def prompt_logprob(token: int, count: int) -> pb.TokenLogprob:
+    """What is said of a prompt's token: its neighbours are all better."""
+    return pb.TokenLogprob(
+        logprob=-token / 8,
+        rank=count + 1,
+        top_ids=[token + 1 + i for i in range(count)],
+        top_logprobs=[-0.25 * (1 + i) for i in range(count)],
+    )
 
 
 def _logprob(token: int, count: int) -> pb.TokenLogprob:

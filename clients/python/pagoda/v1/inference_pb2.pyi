@@ -239,6 +239,7 @@ class GenerateResponse(google.protobuf.message.Message):
     USAGE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index of the sample, 0 to n - 1."""
     text: builtins.str
@@ -263,7 +264,13 @@ class GenerateResponse(google.protobuf.message.Message):
 
     @property
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[pagoda.v1.scheduler_pb2.TokenLogprob]:
-        """prompt_logprobs of the prompt's tokens after the first, when asked for."""
+        """prompt_logprobs of the prompt's tokens after the first, when asked for: the prompt's, whatever index says, and
+        all of them before anything of a sample.
+        """
+
+    @property
+    def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """prompt_token_ids of the whole prompt come with the first prompt_logprobs."""
 
     def __init__(
         self,
@@ -277,9 +284,10 @@ class GenerateResponse(google.protobuf.message.Message):
         usage: pagoda.v1.scheduler_pb2.Usage | None = ...,
         request_id: builtins.str = ...,
         prompt_logprobs: collections.abc.Iterable[pagoda.v1.scheduler_pb2.TokenLogprob] | None = ...,
+        prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
 
 global___GenerateResponse = GenerateResponse
 
