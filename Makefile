@@ -72,7 +72,7 @@ test: dev model node_modules/.bin/buf .prometheus/.unpacked browser ## Run the t
 	@command -v curl > /dev/null || { apt-get update -q && apt-get install -qy curl; }
 	$(PY) -m pytest -q -m "not full and not clients and not doors" $(PYTEST)
 
-# By themselves, for they need environments of 2 GB that nothing else needs.
+# By themselves, for they need environments of several GB that nothing else needs.
 test-doors: dev model $(DOORS:%=.venv-doors/%/.installed) ## Run others' clients and benchmark tools against live services.
 	$(PY) -m pytest -q -m doors tests/e2e/test_doors.py
 
@@ -80,7 +80,7 @@ test-doors: dev model $(DOORS:%=.venv-doors/%/.installed) ## Run others' clients
 	@echo "== $*"
 	@mkdir -p .venv-doors
 	PYTHON=$(PYTHON) tools/make_venv.sh .venv-doors/$*
-	$(if $(filter guidellm,$*),.venv-doors/$*/bin/python -m pip install -q $(TORCH))
+	$(if $(filter guidellm lm-eval,$*),.venv-doors/$*/bin/python -m pip install -q $(TORCH))
 	.venv-doors/$*/bin/python -m pip install -q -r $<
 	@touch $@
 

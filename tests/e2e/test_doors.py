@@ -214,30 +214,80 @@ def written_by_transformers(prompt: str, max_tokens: int) -> str:
     return text.split("\n")[0].strip()
 
 
+def lm_eval(folder: Path, task: str, *options: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run of lm-eval: its figures for a task of ours, and every question with its answer."""
+    tool(
+        *("lm-eval", "lm_eval", "run", "--tasks", task, "--include_path", CALLS / "lm_eval"),
+        *("--log_samples", "--output_path", folder, *options),
+        cwd=CALLS / "lm_eval",
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(folder / "cache"),
+    )
+    (figures,), (log,) = (list(folder.glob(f"*/{kind}_*")) for kind in ("results", "samples"))
+    samples = [json.loads(line) for line in log.read_text().splitlines()]
+    return json.loads(figures.read_text())["results"][task], samples
+
+
+def asking(services: Cluster, more: str = "") -> tuple[str, ...]:
+    """How to ask the gateway. lm-eval has no tokenizer then: it finds ours through /tokenizer_info."""
+    address = f"model={MODEL},base_url={services.url}/v1/completions"
+    return "--model", "local-completions", "--model_args", f"{address},num_concurrent=3,max_retries=1{more}"
+
+
+def num_questions(name: str) -> int:
+    return len((CALLS / "lm_eval" / name).read_text().splitlines())
+
+
 def test_lm_eval_generates(running: Cluster, tmp_path: Path) -> None:
     """A multiple-choice set answered by writing the choice: the same words as transformers writes.
 
-    lm-eval has no tokenizer here. It finds ours through /tokenizer_info and sends token ids.
+    It sends token ids.
     """
-    before, questions = counts(running), CALLS / "lm_eval"
-    model_args = f"model={MODEL},base_url={running.url}/v1/completions,num_concurrent=3,max_retries=1"
-    tool(
-        *("lm-eval", "lm_eval", "run", "--model", "local-completions", "--model_args", model_args),
-        *("--tasks", "capitals", "--include_path", questions, "--log_samples", "--output_path", tmp_path),
-        cwd=questions,
-        HF_HUB_OFFLINE="1",
-        HF_HOME=str(tmp_path / "cache"),
-    )
+    before = counts(running)
+    figures, samples = lm_eval(tmp_path, "capitals", *asking(running))
     counted = counts(running) - before
-    (figures,), (log,) = (list((tmp_path / MODEL).glob(f"{kind}_*")) for kind in ("results", "samples"))
-    samples = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(samples) == len((questions / "questions.jsonl").read_text().splitlines())
+    assert len(samples) == num_questions("questions.jsonl")
     assert counted.requests == counted.succeeded == len(samples) and counted.lost == 0
     prompts = [sample["arguments"]["gen_args_0"]["arg_0"] for sample in samples]
     assert counted.prompt_tokens == sum(len(tokenizer().encode(prompt)) for prompt in prompts)
     expected = [written_by_transformers(prompt, 6) for prompt in prompts]
     assert [sample["filtered_resps"][0].strip() for sample in samples] == expected
     right = [text == sample["target"] for text, sample in zip(expected, samples, strict=True)]
-    accuracy = json.loads(figures.read_text())["results"]["capitals"]["exact_match,line"]
     assert len(set(expected)) > 3, "the model does look at the questions"
-    assert 0 < accuracy == pytest.approx(sum(right) / len(right))
+    assert 0 < figures["exact_match,line"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.fixture(scope="module")
+def by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What lm-eval says of the model when it runs it itself, through transformers, in float32."""
+    args = f"pretrained={model_folder()},dtype=float32"
+    folder = tmp_path_factory.mktemp("transformers")
+    yield lm_eval(folder, "facts", "--model", "hf", "--model_args", args, "--device", "cpu")
+
+
+@pytest.mark.parametrize("requests", ["tokens", "texts"])
+def test_lm_eval_compares_likelihoods(
+    running: Cluster, by_transformers: Any, requests: str, tmp_path: Path
+) -> None:
+    """A multiple-choice set answered by likelihood, which takes the logprobs of prompts (`echo`): the same
+    accuracy as transformers', question by question."""
+    before = counts(running)
+    more = "" if requests == "tokens" else ",tokenized_requests=False"
+    figures, samples = lm_eval(tmp_path, "facts", *asking(running, more))
+    counted = counts(running) - before
+    choices = [choice for sample in samples for choice in sample["filtered_resps"]]
+    assert len(samples) == num_questions("facts.jsonl") == 40
+    assert counted.requests == counted.succeeded == len(choices) == 160 and counted.lost == 0
+    expected, theirs = by_transformers
+    for name in ("acc,none", "acc_norm,none"):
+        assert 0.5 < figures[name] == expected[name] < 1, name
+    assert any(sample["acc"] != sample["acc_norm"] for sample in theirs), "the two do differ"
+    greedy = 0
+    for mine, other in zip(samples, theirs, strict=True):
+        assert mine["doc"] == other["doc"]
+        assert (mine["acc"], mine["acc_norm"]) == (other["acc"], other["acc_norm"]), mine["doc"]
+        for got, want in zip(mine["filtered_resps"], other["filtered_resps"], strict=True):
+            assert float(got[0]) == pytest.approx(float(want[0]), abs=1e-3)
+            assert got[1] == want[1], "whether the model would have written it"
+            greedy += want[1] == "True"
+    assert 0 < greedy < len(choices)
