@@ -144,8 +144,11 @@ class Stager:
         # In steps of 64, so that few sizes are ever asked for.
         tokens = max(slots, sum(step.num_tokens))
         batch = self._largest_block(-(-slots // 64) * 64, -(-tokens // 64) * 64)
-        asks = self._rows.told_until.any() or any(r.sampling.HasField("num_prompt_logprobs") for r in rows)
-        return numbers + blocks + batch + 4 * slots + 6 * tokens * bool(asks) + 256
+        if len(step.num_tokens) and (
+            self._rows.told_until.any() or any(row.sampling.HasField("num_prompt_logprobs") for row in rows)
+        ):
+            numbers += 6 * tokens
+        return numbers + blocks + batch + 4 * slots + 256
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
