@@ -71,10 +71,10 @@ class TransformersModel:
         """Run T tokens (int32[T]) and write their keys and values.
 
         Returns:
-            float32[R, num_logits] of the wanted tokens, and nothing to add.
+            float32[R, num_logits] of the wanted tokens, and nothing to add: [R, 0].
         """
         logits = self._flat(token_ids, step) if self._is_flat else self._row_by_row(token_ids, step)
-        return logits, logits.new_empty(0)
+        return logits, logits.new_empty(len(logits), 0)
 
     def logits(
         self, hidden: torch.Tensor, delta: torch.Tensor, out: torch.Tensor | None = None

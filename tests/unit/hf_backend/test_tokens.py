@@ -112,3 +112,18 @@ def test_bfloat16_stays_close(other: Other, kind: str) -> None:
     device.step({0: 40})
     expected = reference_logits(model, prompt(40))[-1]
     assert (device.logits[0][0] - expected).abs().max() / expected.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_of_prompts(other: Other, kind: str) -> None:
+    """A prompt longer than a slice of logits, in chunks and beside another row: once for each token."""
+    model, folder = other(kind)
+    device = Device(folder, model_impl="auto")
+    tokens = prompt(100)
+    device.add(0, tokens, num_prompt_logprobs=0)
+    device.add(1, prompt(30, 1))
+    results = [device.step(chunks) for chunks in ({0: 80}, {1: 30, 0: 20})]
+    told = [value for result in results for value in result.prompt_logprobs.token_logprobs]
+    expected = reference_logits(model, tokens)[:-1].log_softmax(-1)
+    own = expected.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(told), own, atol=1e-4, rtol=0)
