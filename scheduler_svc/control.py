@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import msgspec
+from google.protobuf.message import Message
 
 from pagoda.v1 import scheduler_pb2 as pb
-from scheduler_svc.core import snapshot as core
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import InvalidRequest, abort
 from scheduler_svc.session import SchedulerService, model_info
@@ -31,26 +31,13 @@ class ControlService:
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """The service, for a server."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Abort": grpc.unary_unary_rpc_method_handler(
-                    self.abort,
-                    request_deserializer=pb.AbortRequest.FromString,
-                    response_serializer=pb.AbortResponse.SerializeToString,
-                ),
-                "Snapshot": grpc.unary_unary_rpc_method_handler(
-                    self.snapshot,
-                    request_deserializer=pb.SnapshotRequest.FromString,
-                    response_serializer=pb.SnapshotResponse.SerializeToString,
-                ),
-                "Watch": grpc.unary_stream_rpc_method_handler(
-                    self.watch,
-                    request_deserializer=pb.WatchRequest.FromString,
-                    response_serializer=pb.WatchResponse.SerializeToString,
-                ),
-            },
-        )
+        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
+        rpcs = {
+            "Abort": _rpc(unary, self.abort, pb.AbortRequest, pb.AbortResponse),
+            "Snapshot": _rpc(unary, self.snapshot, pb.SnapshotRequest, pb.SnapshotResponse),
+            "Watch": _rpc(stream, self.watch, pb.WatchRequest, pb.WatchResponse),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE, rpcs)
 
     async def abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -80,26 +67,16 @@ class ControlService:
     def _snapshot(self, options: pb.SnapshotRequest) -> pb.Snapshot:
         limit = options.max_requests if options.HasField("max_requests") else DEFAULT_MAX_REQUESTS
         taken = self._engine.snapshot(options.include_requests, options.include_blocks, limit)
-        model = model_info(self._engine)
-        return pb.Snapshot(
+        snapshot = pb.Snapshot(
             unix_us=time.time_ns() // 1000,
-            model=model,
-            num_waiting=taken.num_waiting,
-            num_running=taken.num_running,
-            workers=[self._worker(worker) for worker in taken.workers],
-            requests=[_request(request) for request in taken.requests],
-            generation_tokens=taken.generation_tokens,
-            prompt_tokens=taken.prompt_tokens,
-            num_preemptions=taken.num_preemptions,
+            model=model_info(self._engine),
             num_sessions=self._sessions.num_sessions,
+            **msgspec.to_builtins(taken),  # its fields, and those of all in it, are named as on the wire
         )
+        for worker in snapshot.workers:
+            worker.device = self._engine.devices.get(worker.name, "")
+        return snapshot
 
-    def _worker(self, worker: core.WorkerView) -> pb.WorkerSnapshot:
-        device = self._engine.devices.get(worker.name, "")
-        return pb.WorkerSnapshot(device=device, **msgspec.structs.asdict(worker))
 
-
-def _request(request: core.RequestView) -> pb.RequestSnapshot:
-    fields = msgspec.structs.asdict(request)
-    fields["samples"] = [pb.SampleSnapshot(**msgspec.structs.asdict(s)) for s in request.samples]
-    return pb.RequestSnapshot(**fields)
+def _rpc(kind: Any, method: Any, request: type[Message], response: type[Message]) -> Any:
+    return kind(method, request.FromString, response.SerializeToString)
