@@ -17,8 +17,11 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-from google.protobuf import any_pb2, duration_pb2, message
-from google.rpc import error_details_pb2, status_pb2
+from google.protobuf.any import pack
+from google.protobuf.duration import from_milliseconds
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2 as rpc
+from google.rpc import status_pb2
 
 from pagoda.v1 import scheduler_pb2 as pb
 
@@ -26,7 +29,7 @@ from pagoda.v1 import scheduler_pb2 as pb
 class SchedulerError(Exception):
     """An error with a status for the caller. `field` and `retry_after_ms` are set where they apply.
 
-    `reason` is its name in metrics.
+    `reason` is its name in metrics, `details` are the `google.rpc` messages that go with the status.
     """
 
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL
@@ -34,9 +37,9 @@ class SchedulerError(Exception):
     field: str = ""
     retry_after_ms: int | None = None
 
-    def details(self) -> list[message.Message]:
-        """The `google.rpc` messages that go with the status."""
-        return []
+    def __init__(self, text: str, *details: Message) -> None:
+        super().__init__(text)
+        self.details = details
 
     def failure(self, handle: int) -> pb.RequestFailure:
         """This error as a session's column entry."""
@@ -56,13 +59,9 @@ class InvalidRequest(SchedulerError):
     reason = "invalid_request"
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
+        violation = rpc.BadRequest.FieldViolation(field=field, description=problem)
+        super().__init__(f"{field}: {problem}", rpc.BadRequest(field_violations=[violation]))
         self.field = field
-        self.problem = problem
-
-    def details(self) -> list[message.Message]:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.problem)
-        return [error_details_pb2.BadRequest(field_violations=[violation])]
 
 
 class DuplicateRequest(SchedulerError):
@@ -73,11 +72,8 @@ class DuplicateRequest(SchedulerError):
     field = "request_id"
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"request_id: {request_id!r} is waiting or running already; choose another")
-        self.request_id = request_id
-
-    def details(self) -> list[message.Message]:
-        return [error_details_pb2.ResourceInfo(resource_type="request", resource_name=self.request_id)]
+        text = f"request_id: {request_id!r} is waiting or running already; choose another"
+        super().__init__(text, rpc.ResourceInfo(resource_type="request", resource_name=request_id))
 
 
 class QueueFull(SchedulerError):
@@ -85,15 +81,11 @@ class QueueFull(SchedulerError):
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "queue_full"
+    retry_after_ms = 1000
 
-    def __init__(self, num_waiting: int, retry_after_ms: int = 1000) -> None:
-        super().__init__(f"{num_waiting} requests are waiting, which is the bound; try again later")
-        self.retry_after_ms = retry_after_ms
-
-    def details(self) -> list[message.Message]:
-        delay = duration_pb2.Duration()
-        delay.FromMilliseconds(self.retry_after_ms or 0)
-        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+    def __init__(self, num_waiting: int) -> None:
+        text = f"{num_waiting} requests are waiting, which is the bound; try again later"
+        super().__init__(text, rpc.RetryInfo(retry_delay=from_milliseconds(self.retry_after_ms)))
 
 
 class NoWorker(SchedulerError):
@@ -118,22 +110,16 @@ class HelloRefused(SchedulerError):
     reason = "hello_refused"
 
     def __init__(self, violations: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{subject}: {problem}" for subject, problem in violations))
-        self.violations = violations
-
-    def details(self) -> list[message.Message]:
-        violation = error_details_pb2.PreconditionFailure.Violation
-        listed = [violation(type="HELLO", subject=s, description=d) for s, d in self.violations]
-        return [error_details_pb2.PreconditionFailure(violations=listed)]
+        text = "; ".join(f"{subject}: {problem}" for subject, problem in violations)
+        violation = rpc.PreconditionFailure.Violation
+        listed = [violation(type="HELLO", subject=s, description=d) for s, d in violations]
+        super().__init__(text, rpc.PreconditionFailure(violations=listed))
 
 
 def to_status(error: SchedulerError) -> status_pb2.Status:
     """The rich status of an error."""
-    packed = []
-    for detail in error.details():
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    return status_pb2.Status(code=error.code.value[0], message=str(error), details=packed)
+    details = [pack(detail) for detail in error.details]
+    return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: SchedulerError) -> NoReturn:
