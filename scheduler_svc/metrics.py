@@ -11,7 +11,7 @@ import asyncio
 import concurrent.futures
 import hmac
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +23,7 @@ from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
 
 PREFIX = "pagoda:"
+LABELS = ("model_name", "engine")
 ENGINE = "scheduler"  # the `engine` label of what belongs to no one worker group
 SCRAPE_TIMEOUT_S = 1.0
 
@@ -72,6 +73,18 @@ _COUNTERS = {
     "requests_aborted": "Requests or samples ended by Abort.",
 }
 
+_HISTOGRAMS = (
+    ("request_queue_time_seconds", "From arrival to admission.", _FINE + _LATENCY),
+    ("request_prefill_time_seconds", "From admission to the first token.", _FINE + _LATENCY),
+    ("request_decode_time_seconds", "From the first token to the last.", _FINE + _LATENCY),
+    ("request_inference_time_seconds", "From admission to the last token.", _FINE + _LATENCY),
+    ("request_num_preemptions", "Preemptions of a request.", _PREEMPTIONS),
+    ("iteration_tokens_total", "Tokens that go into one iteration.", _ITERATION),
+    ("device_idle_seconds", "How long a worker's device waited for a step.", _STEP),
+)
+
+_Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
+
 
 class Metrics:
     """All metrics of this process, in a registry of their own."""
@@ -87,46 +100,27 @@ class Metrics:
         self._last_progress = time.time()
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
-        self._histograms = {
-            name: Histogram(
-                PREFIX + name, text, ["model_name", "engine"], buckets=buckets, registry=self.registry
-            )
-            for name, text, buckets in (
-                ("request_queue_time_seconds", "From arrival to admission.", _FINE + _LATENCY),
-                ("request_prefill_time_seconds", "From admission to the first token.", _FINE + _LATENCY),
-                ("request_decode_time_seconds", "From the first token to the last.", _FINE + _LATENCY),
-                ("request_inference_time_seconds", "From admission to the last token.", _FINE + _LATENCY),
-                ("request_num_preemptions", "Preemptions of a request.", _PREEMPTIONS),
-                ("iteration_tokens_total", "Tokens that go into one iteration.", _ITERATION),
-                ("device_idle_seconds", "How long a worker's device waited for a step.", _STEP),
-            )
-        }
-        self._step = Histogram(
-            PREFIX + "step_seconds",
-            "Where a step's time goes: plan, the part of the wire that is not hidden, gpu, output.",
-            ["model_name", "engine", "part"],
-            buckets=_STEP,
-            registry=self.registry,
-        )
+        self._histograms = [self._histogram(*row) for row in _HISTOGRAMS]
+        text = "Where a step's time goes: plan, the part of the wire that is not hidden, gpu, output."
+        self._step = self._histogram("step_seconds", text, _STEP, "part")
         self.set_model("")
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(PREFIX + name, text, [*LABELS, *labels], buckets=buckets, registry=self.registry)
 
     def set_model(self, name: str) -> None:
         """Name the model in the labels. Children are bound here, so that no step looks up a label."""
         if name != self._model:
-            for histogram in (*self._histograms.values(), self._step):
+            for histogram in (*self._histograms, self._step):
                 histogram.clear()
         self._model = name
-        bound = {key: h.labels(name, ENGINE) for key, h in self._histograms.items()}
-        self._queue_time = bound["request_queue_time_seconds"].observe
-        self._prefill_time = bound["request_prefill_time_seconds"].observe
-        self._decode_time = bound["request_decode_time_seconds"].observe
-        self._inference_time = bound["request_inference_time_seconds"].observe
-        self._preemptions = bound["request_num_preemptions"].observe
-        self._iteration_tokens = bound["iteration_tokens_total"].observe
-        self._idle = bound["device_idle_seconds"].observe
-        parts = {part: self._step.labels(name, ENGINE, part).observe for part in _PARTS}
-        self._plan_part, self._wire_part = parts["plan"], parts["wire"]
-        self._gpu_part, self._output_part = parts["gpu"], parts["output"]
+        # In the order of _HISTOGRAMS.
+        bound = [histogram.labels(name, ENGINE).observe for histogram in self._histograms]
+        self._queue_time, self._prefill_time, self._decode_time, self._inference_time = bound[:4]
+        self._preemptions, self._iteration_tokens, self._idle = bound[4:]
+        self._plan_part, self._wire_part, self._gpu_part, self._output_part = (
+            self._step.labels(name, ENGINE, part).observe for part in ("plan", "wire", "gpu", "output")
+        )
 
     # -------------------------------------------------------------------------- as things happen
 
@@ -175,10 +169,6 @@ class Metrics:
     async def _refresh(self) -> None:
         self.refresh()
 
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: keeps the registry from collecting while it registers."""
-        return []
-
     def collect(self) -> Iterator[Metric]:
         """Called by a scrape, in a thread of its own."""
         future = asyncio.run_coroutine_threadsafe(self._refresh(), self._loop)
@@ -187,45 +177,34 @@ class Metrics:
         except concurrent.futures.TimeoutError:
             future.cancel()  # the loop is stuck: the last reading has to do
         reading = self.last_reading
-        labels = [self._model, ENGINE]
         for name, text in _COUNTERS.items():
-            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
-            counter.add_metric(labels, reading.counters.get(name, 0))
-            yield counter
-        yield self._by_label("request_success", "finished_reason", reading.finished)
-        yield self._by_label("admission_rejections", "reason", dict(self._rejections))
-        yield self._gauge("num_requests_running", "Requests that hold slots.", reading.num_running)
-        yield self._gauge("num_requests_waiting", "Requests in the queue.", reading.num_waiting)
+            yield self._family(CounterMetricFamily, name, text, [(ENGINE, reading.counters.get(name, 0))])
+        # The refusals are a copy, for the loop counts on.
+        for name, label, counts in (
+            ("request_success", "finished_reason", reading.finished),
+            ("admission_rejections", "reason", dict(self._rejections)),
+        ):
+            by_label = [(ENGINE, value, count) for value, count in counts.items()]
+            yield self._family(CounterMetricFamily, name, f"Requests by {label}.", by_label, label)
+        for name, text, number in (
+            ("num_requests_running", "Requests that hold slots.", reading.num_running),
+            ("num_requests_waiting", "Requests in the queue.", reading.num_waiting),
+            (
+                "last_progress_timestamp_seconds",
+                "When a worker's result was last applied.",
+                self._last_progress,
+            ),
+            ("num_workers", "Worker groups attached.", len(reading.workers)),
+        ):
+            yield self._family(GaugeMetricFamily, name, text, [(ENGINE, number)])
         # "deferred" waits for a worker to come back, "capacity" for room on one.
         deferred = 0 if reading.workers else reading.num_waiting
-        waiting = GaugeMetricFamily(
-            PREFIX + "num_requests_waiting_by_reason",
-            "Requests in the queue, by what they wait for.",
-            labels=["model_name", "engine", "reason"],
-        )
-        waiting.add_metric([*labels, "capacity"], reading.num_waiting - deferred)
-        waiting.add_metric([*labels, "deferred"], deferred)
-        yield waiting
-        yield self._gauge(
-            "last_progress_timestamp_seconds", "When a worker's result was last applied.", self._last_progress
-        )
-        yield self._gauge("num_workers", "Worker groups attached.", len(reading.workers))
-        yield from self._worker_gauges(reading)
+        waiting = [(ENGINE, "capacity", reading.num_waiting - deferred), (ENGINE, "deferred", deferred)]
+        text = "Requests in the queue, by what they wait for."
+        yield self._family(GaugeMetricFamily, "num_requests_waiting_by_reason", text, waiting, "reason")
+        yield from self._of_workers(reading)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
-        gauge.add_metric([self._model, ENGINE], value)
-        return gauge
-
-    def _by_label(self, name: str, label: str, values: dict[str, int]) -> Metric:
-        counter = CounterMetricFamily(
-            PREFIX + name, f"Requests by {label}.", labels=["model_name", "engine", label]
-        )
-        for value, count in values.items():
-            counter.add_metric([self._model, ENGINE, value], count)
-        return counter
-
-    def _worker_gauges(self, reading: Reading) -> Iterator[Metric]:
+    def _of_workers(self, reading: Reading) -> Iterator[Metric]:
         now = time.monotonic()
         gauges: tuple[tuple[str, str, Callable[[WorkerReading], float]], ...] = (
             ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all.", lambda w: w.usage),
@@ -234,19 +213,18 @@ class Metrics:
             ("worker_last_heard_seconds", "Time since the worker was last heard.", lambda w: now - w.heard),
         )
         for name, text, value in gauges:
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name", "engine"])
-            for worker in reading.workers:
-                gauge.add_metric([self._model, worker.name], value(worker))
-            yield gauge
-        info = InfoMetricFamily(
-            PREFIX + "cache_config", "The KV cache of a worker group.", labels=["model_name", "engine"]
-        )
-        for worker in reading.workers:
-            info.add_metric([self._model, worker.name], _cache_config(worker, reading.prefix_cache))
-        yield info
+            yield self._family(GaugeMetricFamily, name, text, [(w.name, value(w)) for w in reading.workers])
+        caches = [(w.name, _cache_config(w, reading.prefix_cache)) for w in reading.workers]
+        yield self._family(InfoMetricFamily, "cache_config", "The KV cache of a worker group.", caches)
 
-
-_PARTS = ("plan", "wire", "gpu", "output")
+    def _family(
+        self, kind: type[_Family], name: str, text: str, rows: Iterable[tuple[Any, ...]], *labels: str
+    ) -> Metric:
+        """The metric with these rows: `engine`, what `labels` name further, and the value."""
+        family = kind(PREFIX + name, text, labels=[*LABELS, *labels])
+        for *own, value in rows:
+            family.add_metric([self._model, *own], value)
+        return family
 
 
 def _cache_config(worker: WorkerReading, prefix_cache: bool) -> dict[str, str]:
