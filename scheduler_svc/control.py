@@ -21,6 +21,8 @@ MIN_INTERVAL_MS = 50
 DEFAULT_INTERVAL_MS = 1000
 DEFAULT_MAX_REQUESTS = 1000
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 
 class ControlService:
     """Serves `ControlService`."""
@@ -39,22 +41,18 @@ class ControlService:
         }
         return grpc.method_handlers_generic_handler(SERVICE, rpcs)
 
-    async def abort(
-        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.AbortResponse:
+    async def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """End a request of anybody's, or one sample of it."""
         if not request.request_id:
             await abort(context, InvalidRequest("request_id", "is empty"))
         index = request.index if request.HasField("index") else None
         return pb.AbortResponse(found=self._engine.abort(request.request_id, index))
 
-    async def snapshot(
-        self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> pb.SnapshotResponse:
+    async def snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotResponse:
         """The state of the scheduler now."""
         return pb.SnapshotResponse(snapshot=self._snapshot(request))
 
-    async def watch(self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def watch(self, request: pb.WatchRequest, context: Context) -> None:
         """Snapshots at an interval, until the caller leaves."""
         interval_ms = request.interval_ms if request.HasField("interval_ms") else DEFAULT_INTERVAL_MS
         if interval_ms < MIN_INTERVAL_MS:

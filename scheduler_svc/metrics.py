@@ -8,7 +8,6 @@ served, and `last_progress_timestamp_seconds` tells. Only histograms are fed as 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import hmac
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,6 +83,7 @@ _HISTOGRAMS = (
 )
 
 _Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
+_Rows = Iterable[tuple[Any, ...]]
 
 
 class Metrics:
@@ -174,7 +174,7 @@ class Metrics:
         future = asyncio.run_coroutine_threadsafe(self._refresh(), self._loop)
         try:
             future.result(SCRAPE_TIMEOUT_S)
-        except concurrent.futures.TimeoutError:
+        except TimeoutError:
             future.cancel()  # the loop is stuck: the last reading has to do
         reading = self.last_reading
         for name, text in _COUNTERS.items():
@@ -217,9 +217,7 @@ class Metrics:
         caches = [(w.name, _cache_config(w, reading.prefix_cache)) for w in reading.workers]
         yield self._family(InfoMetricFamily, "cache_config", "The KV cache of a worker group.", caches)
 
-    def _family(
-        self, kind: type[_Family], name: str, text: str, rows: Iterable[tuple[Any, ...]], *labels: str
-    ) -> Metric:
+    def _family(self, kind: type[_Family], name: str, text: str, rows: _Rows, *labels: str) -> Metric:
         """The metric with these rows: `engine`, what `labels` name further, and the value."""
         family = kind(PREFIX + name, text, labels=[*LABELS, *labels])
         for *own, value in rows:

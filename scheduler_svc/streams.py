@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -65,8 +66,6 @@ class StreamCut:
         if not self._future.done():
             return
         code, reason = self._future.result()
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TELL_TIMEOUT_S):
                 await context.abort(code, reason)
-        except TimeoutError:
-            return
