@@ -22,8 +22,6 @@ def choose_victim(worker: Worker) -> Group | None:
 
     The oldest group of the highest priority is never chosen, so that someone always gets on.
     """
-    if len(worker.running) < 2:
-        return None
-    protected = min(worker.running.values(), key=lambda g: g.rank)
+    protected = min(worker.running.values(), key=lambda g: g.rank, default=None)
     candidates = (g for g in worker.running.values() if g is not protected)
-    return max(candidates, key=lambda g: (g.priority, -lost_work(worker, g), g.order))
+    return max(candidates, key=lambda g: (g.priority, -lost_work(worker, g), g.order), default=None)

@@ -34,9 +34,6 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: list[bytes | None] = [None] * num_blocks
 
-    def __len__(self) -> int:
-        return len(self._block_of)
-
     def blocks(self) -> list[int]:
         """Ids of all blocks that can be hit."""
         return list(self._block_of.values())
@@ -45,8 +42,7 @@ class PrefixIndex:
         """The blocks of the longest indexed prefix of the chain, at most `limit`."""
         found = []
         for digest in hashes[:limit]:
-            block = self._block_of.get(digest)
-            if block is None:
+            if (block := self._block_of.get(digest)) is None:
                 break
             found.append(block)
         return found

@@ -46,10 +46,10 @@ class WaitingQueue:
 
     def take_all(self, where: Callable[[Group], bool] = lambda _: True) -> list[Group]:
         """Take every waiting group for which `where` holds, in order."""
-        taken = sorted((g for _, g in self._heap if self._waits(g) and where(g)), key=lambda g: g.rank)
-        kept = [entry for entry in self._heap if self._waits(entry[1]) and not where(entry[1])]
-        self._heap, self._size = kept, len(kept)
-        heapq.heapify(self._heap)
+        waiting = sorted(entry for entry in self._heap if self._waits(entry[1]))
+        taken = [group for _, group in waiting if where(group)]
+        self._heap = [entry for entry in waiting if not where(entry[1])]  # sorted, so a heap already
+        self._size = len(self._heap)
         for group in taken:
             group.state = State.NEW
         return taken

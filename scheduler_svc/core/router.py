@@ -40,9 +40,8 @@ class Router:
 
     def choose(self, workers: Iterable[Worker], group: Group) -> Worker | None:
         """The worker with the least uncached prompt and load for `group`; None when it fits none."""
-        leader = group.samples[0]
-        limit = leader.last_position
-        able = [w for w in workers if not fits(w, group.num_prompt, len(group.live()), limit)]
+        leader, n = group.samples[0], len(group.live())
+        able = [w for w in workers if not fits(w, group.num_prompt, n, leader.last_position)]
         if len(able) < 2:
             return able[0] if able else None
         best = min(able, key=lambda w: (self._cost(w, group), w.name))

@@ -25,10 +25,8 @@ class Rows:
 
     def __init__(self, max_slots: int) -> None:
         self.max_slots = max_slots
-        self.scheduled: Column = np.zeros(max_slots, np.int64)
-        self.known: Column = np.zeros(max_slots, np.int64)
-        self.last: Column = np.zeros(max_slots, np.int64)
-        self.capacity: Column = np.zeros(max_slots, np.int64)
+        columns: list[Column] = [np.zeros(max_slots, np.int64) for _ in range(4)]
+        self.scheduled, self.known, self.last, self.capacity = columns
         self.last_step: Column = np.full(max_slots, -1, np.int64)
         self.sequences: list[Sequence | None] = [None] * max_slots
         self._free = list(range(max_slots))
@@ -53,14 +51,13 @@ class Rows:
         self.last[slot] = sequence.last_position - 1
         self.capacity[slot] = capacity
 
-    def free(self, sequence: Sequence) -> int:
-        """Empty the row of `sequence`; its slot."""
+    def free(self, sequence: Sequence) -> None:
+        """Empty the row of `sequence`."""
         slot = sequence.slot
         self.sequences[slot] = None
         self.scheduled[slot] = self.known[slot] = self.last[slot] = 0
         sequence.slot = NO_SLOT
         heapq.heappush(self._free, slot)
-        return slot
 
     def decoding(self) -> Column:
         """Slots of the rows that can decode now, in order."""

@@ -121,8 +121,7 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
         ahead[group.worker] = position + 1
         why = _why(worker, position)
     else:
-        slots = [s.slot for s in group.samples if s.slot != NO_SLOT]
-        prefilling = worker is not None and any(slot in worker.prefilling for slot in slots)
+        prefilling = worker is not None and any(s.slot in worker.prefilling for s in group.samples)
         state = PREFILL if prefilling or group.followers else DECODE
     samples = [
         SampleView(

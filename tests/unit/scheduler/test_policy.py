@@ -137,9 +137,9 @@ def test_sampled_tokens_can_be_hit_once_the_step_that_took_them_is_confirmed() -
     indexed = []
     for _ in range(2):  # the prefill draws the 4th token; the step after it computes that token's KV
         bench.must_plan()
-        indexed.append(len(index))
+        indexed.append(len(index.blocks()))
         bench.answer()
-        indexed.append(len(index))
+        indexed.append(len(index.blocks()))
     assert indexed == [0, 0, 0, 1]
     bench.arrive([1, 1, 1, 1, 1])
     assert bench.must_plan().new_rows[0].num_computed == 4
