@@ -111,8 +111,7 @@ class HelloRefused(SchedulerError):
 
     def __init__(self, violations: list[tuple[str, str]]) -> None:
         text = "; ".join(f"{subject}: {problem}" for subject, problem in violations)
-        violation = rpc.PreconditionFailure.Violation
-        listed = [violation(type="HELLO", subject=s, description=d) for s, d in violations]
+        listed = [{"type": "HELLO", "subject": s, "description": d} for s, d in violations]
         super().__init__(text, rpc.PreconditionFailure(violations=listed))
 
 

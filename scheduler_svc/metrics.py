@@ -17,11 +17,10 @@ import msgspec
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from pagoda.exposition import Aliased, plain_app, serve
+from pagoda.exposition import OURS, Aliased, plain_app, serve
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
 
-PREFIX = "pagoda:"
 LABELS = ("model_name", "engine")
 ENGINE = "scheduler"  # the `engine` label of what belongs to no one worker group
 SCRAPE_TIMEOUT_S = 1.0
@@ -106,7 +105,7 @@ class Metrics:
         self.set_model("")
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-        return Histogram(PREFIX + name, text, [*LABELS, *labels], buckets=buckets, registry=self.registry)
+        return Histogram(OURS + name, text, [*LABELS, *labels], buckets=buckets, registry=self.registry)
 
     def set_model(self, name: str) -> None:
         """Name the model in the labels. Children are bound here, so that no step looks up a label."""
@@ -176,7 +175,7 @@ class Metrics:
             future.result(SCRAPE_TIMEOUT_S)
         except TimeoutError:
             future.cancel()  # the loop is stuck: the last reading has to do
-        reading = self.last_reading
+        reading, progress = self.last_reading, self._last_progress
         for name, text in _COUNTERS.items():
             yield self._family(CounterMetricFamily, name, text, [(ENGINE, reading.counters.get(name, 0))])
         # The refusals are a copy, for the loop counts on.
@@ -189,11 +188,7 @@ class Metrics:
         for name, text, number in (
             ("num_requests_running", "Requests that hold slots.", reading.num_running),
             ("num_requests_waiting", "Requests in the queue.", reading.num_waiting),
-            (
-                "last_progress_timestamp_seconds",
-                "When a worker's result was last applied.",
-                self._last_progress,
-            ),
+            ("last_progress_timestamp_seconds", "When a worker's result was last applied.", progress),
             ("num_workers", "Worker groups attached.", len(reading.workers)),
         ):
             yield self._family(GaugeMetricFamily, name, text, [(ENGINE, number)])
@@ -219,7 +214,7 @@ class Metrics:
 
     def _family(self, kind: type[_Family], name: str, text: str, rows: _Rows, *labels: str) -> Metric:
         """The metric with these rows: `engine`, what `labels` name further, and the value."""
-        family = kind(PREFIX + name, text, labels=[*LABELS, *labels])
+        family = kind(OURS + name, text, labels=[*LABELS, *labels])
         for *own, value in rows:
             family.add_metric([self._model, *own], value)
         return family
