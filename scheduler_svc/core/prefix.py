@@ -56,7 +56,6 @@ class PrefixIndex:
 
     def forget(self, block: int) -> None:
         """`block` can be hit no longer; no error when it could not."""
-        digest = self._hash_of[block]
-        if digest is not None:
+        if (digest := self._hash_of[block]) is not None:
             del self._block_of[digest]
             self._hash_of[block] = None

@@ -123,17 +123,6 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
     else:
         prefilling = worker is not None and any(s.slot in worker.prefilling for s in group.samples)
         state = PREFILL if prefilling or group.followers else DECODE
-    samples = [
-        SampleView(
-            index=s.index,
-            slot=None if s.slot == NO_SLOT else s.slot,
-            output_tokens=s.num_output,
-            num_computed=int(worker.rows.scheduled[s.slot]) if worker and s.slot != NO_SLOT else 0,
-            blocks=list(s.blocks) if blocks else [],
-            finish_reason=int(s.finish or 0),
-        )
-        for s in group.samples
-    ]
     return RequestView(
         request_id=group.request_id,
         state=state,
@@ -144,7 +133,17 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
         prompt_tokens=group.num_prompt,
         cached_tokens=group.cached_tokens,
         num_preemptions=group.num_preemptions,
-        samples=samples,
+        samples=[
+            SampleView(
+                index=s.index,
+                slot=None if s.slot == NO_SLOT else s.slot,
+                output_tokens=s.num_output,
+                num_computed=int(worker.rows.scheduled[s.slot]) if worker and s.slot != NO_SLOT else 0,
+                blocks=list(s.blocks) if blocks else [],
+                finish_reason=int(s.finish or 0),
+            )
+            for s in group.samples
+        ],
     )
 
 
