@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_worker.grammar import Entering
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.output import Launched, OutputThread, collect, microseconds
 from gpu_worker.runner import Runner
 from gpu_worker.spans import RowSpans
 from gpu_worker.staging import Stager, StepError
 from pagoda.internal.v1 import worker_pb2
+from pagoda.v1 import scheduler_pb2
 
 OnResult = Callable[[worker_pb2.StepResult], None]
 OnFailure = Callable[[BaseException], None]
@@ -30,6 +32,9 @@ class _Reset:
 
     epoch: int
     done: threading.Event
+
+
+_Item = tuple[worker_pb2.Step, Entering] | _Reset
 
 
 class DeviceExecutor:
@@ -52,7 +57,7 @@ class DeviceExecutor:
         self._metrics, self._spans = metrics, spans
         self._epoch = 0
         self._on_result, self._on_failure = on_result, on_failure
-        self._queue: queue.SimpleQueue[worker_pb2.Step | _Reset | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
 
         # A CPU is done with a step when the call returns; any other device is given the next one meanwhile.
@@ -76,7 +81,11 @@ class DeviceExecutor:
 
     def submit(self, step: worker_pb2.Step) -> None:
         """Queue a step of the current epoch."""
-        self._queue.put(step)
+        self._queue.put((step, self._runner.grammars.prepare(step)))
+
+    def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
+        """What tokens stand for, for the grammars of steps submitted from now on."""
+        self._runner.grammars.learn(vocabulary)
 
     def close(self, timeout: float) -> None:
         """Drop what is queued and end the thread; returns after `timeout` seconds in any case."""
@@ -114,6 +123,7 @@ class DeviceExecutor:
                     self._output.flush()
                 self._stager.clear()
                 self._spans.clear()
+                self._runner.grammars.clear()
                 self._epoch, ended, broken = item.epoch, None, False
                 item.done.set()
                 continue
@@ -122,7 +132,7 @@ class DeviceExecutor:
             started = time.perf_counter()
             idle = started - ended if waited and ended is not None else 0.0
             try:
-                ended = self._step(item, started, idle)
+                ended = self._step(*item, started, idle)
             except StepError as error:
                 broken = True
                 self._on_failure(error)
@@ -144,12 +154,13 @@ class DeviceExecutor:
                 torch.cuda.empty_cache()
         return self._queue.get()
 
-    def _step(self, step: worker_pb2.Step, started: float, idle: float) -> float:
+    def _step(self, step: worker_pb2.Step, entering: Entering, started: float, idle: float) -> float:
         """Run one step; returns when the host was done with it."""
         if step.epoch != self._epoch:
             raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
         diff, batch = self._stager.stage(step)
         report = self._spans.staged(step, batch.sampling)
+        self._runner.grammars.change(step.released_slots, entering)
         staged = time.perf_counter()
         if self._output is not None:
             events = self._output.events.take()

@@ -19,6 +19,7 @@ import structlog
 from gpu_worker.metrics import WorkerMetrics
 from pagoda import transport
 from pagoda.internal.v1 import worker_pb2, worker_pb2_grpc
+from pagoda.v1 import scheduler_pb2
 
 HEARTBEAT_S = 1.0
 BACKOFF_S = (0.1, 1.0)
@@ -43,6 +44,10 @@ class Executor(Protocol):
 
     def submit(self, step: worker_pb2.Step) -> None:
         """Queue a step and return at once."""
+        ...
+
+    def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
+        """What tokens stand for, for the grammars of later steps; returns at once."""
         ...
 
 
@@ -143,6 +148,8 @@ class HubClient:
                     self._log.error("a step of another epoch", epoch=response.step.epoch, session=epoch)
                     return
                 executor.submit(response.step)
+            elif response.HasField("vocabulary"):
+                executor.learn(response.vocabulary)
             elif epoch is None:
                 epoch = response.start.epoch
                 executor.reset(epoch)

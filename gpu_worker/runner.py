@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
+from gpu_worker.grammar import Grammars
 from gpu_worker.graphs import NUM_FIRST, Graphs
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder
@@ -14,7 +15,7 @@ from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
 from kernels.rows import accept, fork
-from kernels.sample import Features, SampledLogprobs, sample
+from kernels.sample import Features, SampledLogprobs, allow, raw_logprobs, sample
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Runner:
     """The model, its KV memory and the rows, driven by staged steps. It never reads the device.
 
     Attributes:
+        grammars: which tokens rows may draw, where they follow a grammar.
         padding: to what sizes batches are to be padded.
         graphs: captured iterations; None without any padding, as on a CPU.
     """
@@ -61,6 +63,7 @@ class Runner:
             for _ in range(num_buffers if on_device else 1)
         ]
         self._turn = 0
+        self.grammars = Grammars(model.vocab_size, device)
         self.padding = padding or Padding()
         self.graphs: Graphs | None = None
         if padding is not None:
@@ -91,15 +94,15 @@ class Runner:
         self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
-        is_plain = batch.features == Features(any_random=batch.features.any_random)
+        is_plain = batch.features == Features(any_random=batch.features.any_random) and not batch.constrained
         graphs = self.graphs if batch.forks is None and batch.prompts is None else None
         if graphs is not None and graphs.takes(batch, is_plain):
             self._replay(graphs, batch, is_plain, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
-            for _ in range(batch.num_iterations):
-                self._iterate(inputs, batch, drawn, outputs)
+            for i in range(batch.num_iterations):
+                self._iterate(i, inputs, batch, drawn, outputs)
         if batch.num_logprobs:  # else there are only chunks that end before their prompts do
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
             outputs.drawn = self._leave(drawn)[:, :, : len(batch.num_logprobs)]
@@ -116,7 +119,9 @@ class Runner:
             return drawn.clone()
         return target[: drawn.numel()].view(drawn.shape).copy_(drawn, non_blocking=True)
 
-    def _iterate(self, inputs: Inputs, batch: Batch, drawn: torch.Tensor, outputs: StepOutputs) -> None:
+    def _iterate(
+        self, i: int, inputs: Inputs, batch: Batch, drawn: torch.Tensor, outputs: StepOutputs
+    ) -> None:
         if batch.prompts is None:
             hidden = self._forward(inputs, batch.table_width)
         else:
@@ -126,7 +131,7 @@ class Runner:
         if batch.forks is not None:
             fork(self._rows.state, *batch.forks)
         if batch.num_logprobs:
-            self._draw(self._model.logits(*hidden), inputs, batch.features, drawn, outputs)
+            self._draw_as_asked(i, self._model.logits(*hidden), inputs, batch, drawn, outputs)
 
     def _replay(self, graphs: Graphs, batch: Batch, is_plain: bool, outputs: StepOutputs) -> None:
         """The same through a graph, cut before sampling where rows use more than temperature and seed."""
@@ -135,10 +140,10 @@ class Runner:
             return
         inputs = graphs.load(batch)
         drawn = self._drawn_view(batch.shape, batch.num_iterations)
-        for _ in range(batch.num_iterations):
+        for i in range(batch.num_iterations):
             logits = graphs.replay_logits(batch.shape)
             if batch.num_logprobs:
-                self._draw(logits, inputs, batch.features, drawn, outputs)
+                self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
 
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._model.forward(*self._rows.gather(inputs, self._model.rotations, table_width))
@@ -151,6 +156,28 @@ class Runner:
         """Logits to tokens in the rows: what a graph captures after that."""
         drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
         self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
+
+    def _draw_as_asked(
+        self,
+        i: int,
+        logits: torch.Tensor,
+        inputs: Inputs,
+        batch: Batch,
+        drawn: torch.Tensor,
+        outputs: StepOutputs,
+    ) -> None:
+        """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows."""
+        if not batch.constrained:
+            self._draw(logits, inputs, batch.features, drawn, outputs)
+            return
+        most = batch.features.max_logprobs
+        allowed = logits if most < 0 else logits.clone()
+        allow(allowed, *self.grammars.masks(batch.constrained))
+        self._draw(allowed, inputs, replace(batch.features, max_logprobs=-1), drawn, outputs)
+        self.grammars.follow(batch.constrained, drawn[i])
+        if most >= 0:
+            raw = logits[:, : self._model.vocab_size].float()
+            outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
 
     def _draw(
         self,

@@ -21,6 +21,7 @@ class Trait(IntEnum):
     PENALTY = 4
     BIAS = 8
     MIN_TOKENS = 16
+    GRAMMAR = 32
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def row_columns(sampling: worker_pb2.RowSampling) -> RowColumns:
         traits |= Trait.BIAS
     if s.min_tokens:
         traits |= Trait.MIN_TOKENS
+    if s.grammar:
+        traits |= Trait.GRAMMAR
     return RowColumns(
         integers=(s.top_k, s.min_tokens, num_logprobs),
         floats=(s.temperature, top_p, s.min_p, s.presence_penalty, s.frequency_penalty, repetition),

@@ -18,6 +18,7 @@ import torch
 
 from gpu_worker.batch import Padding, Shape, pack
 from gpu_worker.buffers import Staging
+from gpu_worker.grammar import Constrained
 from gpu_worker.prompt_logprobs import Wanted, wanted
 from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
 from kernels.attention import make_tiles
@@ -79,6 +80,7 @@ class Batch:
     """Slots of forks and of their parents, int64."""
     prompts: Wanted | None = None
     """The prompt tokens whose logprobs are to be reported; None where no row asked for any."""
+    constrained: Constrained = ()
 
 
 class _HostRows:
@@ -343,6 +345,10 @@ class Stager:
         host = self._rows
         num_logprobs = host.num_logprobs[sampling].tolist()
         traits = int(np.bitwise_or.reduce(host.traits[sampling], initial=0))
+        constrained: Constrained = ()
+        if traits & Trait.GRAMMAR:
+            places = np.flatnonzero(host.traits[sampling] & Trait.GRAMMAR)
+            constrained = list(zip(places.tolist(), sampling[places].tolist(), strict=True))
         return Batch(
             num_iterations=step.num_iterations,
             shape=shape,
@@ -351,6 +357,7 @@ class Stager:
             features=features_of(traits, max(num_logprobs, default=-1)),
             num_logprobs=num_logprobs,
             sampling=sampling,
+            constrained=constrained,
         )
 
     # ---------------------------------------------------------------------------------------- checks

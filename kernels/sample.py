@@ -188,6 +188,27 @@ def sample(
     return sampled
 
 
+def allow(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Rule out, in place, what some rows may not draw.
+
+    Args:
+        logits: float32 or bfloat16 [R, V]; contiguous along V.
+        rows: int32[G], distinct.
+        bits: int32[G, W], contiguous: a token a bit, 32 a word, the lowest bit first; 0 rules a token out.
+            What lies beyond the last bit stays as it is.
+    """
+    if logits.is_cuda:
+        from kernels.cuda import allow as cuda
+
+        cuda.allow(logits, rows, bits)
+        return
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    ruled_out = (bits.unsqueeze(-1) >> places).bitwise_and_(1).view(len(bits), -1) == 0
+    part, index = logits[:, : ruled_out.shape[1]], rows.to(torch.int64)
+    kept = part.index_select(0, index).masked_fill_(ruled_out[:, : part.shape[1]], NEG_INF)
+    part.index_copy_(0, index, kept)
+
+
 def _allocate(num_rows: int, num_top: int) -> Sampled:
     """Results on the CPU; num_top below 0 is without logprobs."""
     token_ids = torch.empty(num_rows, dtype=torch.int32)

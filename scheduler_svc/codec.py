@@ -35,6 +35,7 @@ ROW_OPTIONS = (
     "repetition_penalty",
     "num_logprobs",
     "num_prompt_logprobs",
+    "grammar",
 )
 PLAN_COLUMNS = (
     "released_slots",
@@ -74,6 +75,11 @@ def encode_step(plan: Plan) -> bytes:
     for row in plan.new_rows:
         _fill_row(step.new_rows.add(), row)
     return message.SerializeToString()
+
+
+def encode_vocabulary(vocabulary: pb.Vocabulary) -> bytes:
+    """`vocabulary` as a serialized `AttachResponse`."""
+    return wire.AttachResponse(vocabulary=vocabulary).SerializeToString()
 
 
 def _fill_row(message: wire.NewRow, row: NewRow) -> None:

@@ -36,7 +36,7 @@ from scheduler_svc.core.events import (
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.snapshot import Snapshot
 from scheduler_svc.core.worker import Flight
-from scheduler_svc.errors import DuplicateRequest, NoWorker, QueueFull, SchedulerError
+from scheduler_svc.errors import DuplicateRequest, InvalidRequest, NoWorker, QueueFull, SchedulerError
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.record import Recorder
 from scheduler_svc.spans import record_end
@@ -55,6 +55,8 @@ class Sink(Protocol):
 
 # Takes a plan, what its answer is read through, and its message.
 SendStep = Callable[[Plan, Flight, bytes], None]
+# Takes a message for every worker.
+Tell = Callable[[bytes], None]
 
 
 class _Live(NamedTuple):
@@ -82,6 +84,7 @@ class Engine:
         self.metrics = metrics
         self.tracing: Tracing | None = None
         self.model: ServedModel | None = None
+        self.vocabulary = b""
         self.workers: dict[str, WorkerAttached] = {}
         self.devices: dict[str, str] = {}
         self.sinks: dict[int, Sink] = {}
@@ -94,6 +97,7 @@ class Engine:
         self._recorder = recorder
         self._clock = clock
         self._send: SendStep | None = None
+        self._tell: Tell | None = None
         self._events: list[Event] = []
         self._num_arriving = 0
         self._turn_scheduled = False
@@ -107,9 +111,16 @@ class Engine:
 
     # -------------------------------------------------------------------------- towards the workers
 
-    def connect(self, send: SendStep) -> None:
-        """Give the engine its way to the workers."""
-        self._send = send
+    def connect(self, send: SendStep, tell: Tell) -> None:
+        """Give the engine its ways to the workers."""
+        self._send, self._tell = send, tell
+
+    def learn(self, vocabulary: bytes) -> None:
+        """What tokens stand for, as the message that every worker is told, now or when it attaches."""
+        if vocabulary != self.vocabulary:
+            self.vocabulary = vocabulary
+            if self._tell is not None:
+                self._tell(vocabulary)
 
     def worker_attached(self, event: WorkerAttached, model: ServedModel) -> None:
         """A group is complete; the first one decides what the cluster serves."""
@@ -168,6 +179,8 @@ class Engine:
         num_waiting = self.core.num_waiting + self._num_arriving
         if num_waiting >= self._max_waiting:
             raise QueueFull(num_waiting)
+        if request.sampling.grammar and not self.vocabulary:
+            raise InvalidRequest("sampling.grammar", "cannot be followed: no session has told the vocabulary")
         # The core draws nothing: a seed that nobody gave is minted here and recorded with the request.
         seed = random.getrandbits(64)
         checked = check_request(request, self.model, self._max_slots, self.core.refusal, seed)

@@ -12,7 +12,7 @@ import structlog
 
 from pagoda.tracing import server_span
 from pagoda.v1 import scheduler_pb2 as pb
-from scheduler_svc.codec import encode_output, fill_logprob, fill_usage, split_rows
+from scheduler_svc.codec import encode_output, encode_vocabulary, fill_logprob, fill_usage, split_rows
 from scheduler_svc.core.events import Finish, RequestEnd, SessionOutput
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import RequestFailed, SchedulerError, abort
@@ -222,6 +222,9 @@ class SchedulerService:
                 wrong = _submit(outbox, message.submit)
             elif kind == "stop":
                 wrong = _stop(outbox, message.stop)
+            elif kind == "vocabulary":
+                self._engine.learn(encode_vocabulary(message.vocabulary))
+                wrong = ""
             else:
                 wrong = "hello is only the first message" if kind else "a message holds nothing"
             if wrong:

@@ -15,6 +15,7 @@ from scheduler_svc.errors import InvalidRequest
 MAX_REQUEST_ID_BYTES = 128
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
+MAX_GRAMMAR_BYTES = 1 << 20
 
 # Why a request of (prompt tokens, n, max_tokens) can never fit, or None.
 Refusal = Callable[[int, int, int], str | None]
@@ -145,6 +146,8 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         raise InvalidRequest(
             "sampling.min_tokens", f"is {params.min_tokens}; must be at most the {max_tokens} of max_tokens"
         )
+    if len(params.grammar.encode()) > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest("sampling.grammar", f"is longer than {MAX_GRAMMAR_BYTES} bytes")
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=_top_k(params, model.vocab_size),
@@ -157,10 +160,12 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         ),
         logit_bias=_logit_bias(params, model.vocab_size),
         seed=params.seed if params.HasField("seed") else seed,
-        min_tokens=params.min_tokens,
+        # A grammar says where its output ends: it must be able to.
+        min_tokens=0 if params.grammar else params.min_tokens,
         stop_token_ids=_stop_ids(params, model),
         num_logprobs=_num_logprobs(params, "logprobs"),
         num_prompt_logprobs=_num_logprobs(params, "prompt_logprobs"),
+        grammar=params.grammar or None,
     )
 
 
@@ -188,10 +193,10 @@ def _logit_bias(params: pb.SamplingParams, vocab_size: int) -> tuple[tuple[int, 
 
 
 def _stop_ids(params: pb.SamplingParams, model: ServedModel) -> tuple[int, ...]:
-    """The caller's stop ids, and EOS unless it is ignored."""
+    """The caller's stop ids, and EOS unless it is ignored where no grammar needs it."""
     given: Any = params.stop_token_ids
     _check_ids("sampling.stop_token_ids", given, model.vocab_size)
-    eos = () if params.ignore_eos else model.eos_token_ids
+    eos = () if params.ignore_eos and not params.grammar else model.eos_token_ids
     stops = tuple(dict.fromkeys([*eos, *given]))
     if len(stops) > model.max_stop_ids:
         raise InvalidRequest(

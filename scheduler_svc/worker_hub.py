@@ -95,7 +95,7 @@ class WorkerHub:
         self.groups: dict[str, Group] = {}
         self._epochs: dict[str, int] = {}
         self._retired: dict[str, dict[str, None]] = {}  # incarnations that a newer one replaced, by group
-        engine.connect(self.send)
+        engine.connect(self.send, self.tell)
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """The service, for a server. Responses are bytes already, the same for every rank."""
@@ -199,6 +199,8 @@ class WorkerHub:
         message = wire.AttachResponse(start=start).SerializeToString()
         for rank in group.ranks.values():
             rank.post(message)
+            if self._engine.vocabulary:
+                rank.post(self._engine.vocabulary)
         self._log.info(
             "worker_attached", worker=group.name, epoch=group.epoch, world_size=group.world_size,
             device=hellos[0].device, dtype=hellos[0].dtype, blocks=start.num_device_blocks,
@@ -253,6 +255,12 @@ class WorkerHub:
             if not rank.post(message):
                 reason = f"rank {rank.hello.rank} does not read its steps"
                 self._end(group, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+
+    def tell(self, message: bytes) -> None:
+        """Queue a message for every rank that has been told its session's start."""
+        for group in self.groups.values():
+            for rank in group.ranks.values() if group.complete else ():
+                rank.post(message)
 
     def _result(self, group: Group, rank: Rank, result: wire.StepResult) -> None:
         if result.epoch != group.epoch or result.step_id != rank.next_result:

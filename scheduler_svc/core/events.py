@@ -47,6 +47,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     stop_token_ids: tuple[int, ...] = ()  # EOS included unless the request ignores it
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    grammar: str | None = None  # which only a worker reads
 
 
 # ---------------------------------------------------------------------------------- what comes in

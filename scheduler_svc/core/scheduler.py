@@ -284,6 +284,8 @@ class Scheduler:
         self._end_sample(sequence, reason)
         if not group.live():
             failure = "the model's logits were not finite" if end is RowEnd.NAN else ""
+            if failure and group.samplings[0].grammar:
+                failure += ", or its grammar allowed no token"
             self._end_group(group, reason, now, failure)
 
     def _session(self, session: int) -> SessionOutput:

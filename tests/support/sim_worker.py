@@ -28,6 +28,7 @@ from gpu_worker.hub_client import HubClient
 from gpu_worker.metrics import WorkerMetrics
 from pagoda import logs
 from pagoda.internal.v1 import worker_pb2 as wire
+from pagoda.v1 import scheduler_pb2
 
 ROOT = 1  # the hash of an empty prefix
 GARBAGE = -1  # what a row that is done leaves behind where it is still in a batch
@@ -348,6 +349,9 @@ class SimExecutor:
     def submit(self, step: wire.Step) -> None:
         """Queue a step."""
         self._queue.put((time.perf_counter(), step))
+
+    def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
+        """What is drawn here follows no grammar."""
 
     def _run(self) -> None:
         free_at = 0.0

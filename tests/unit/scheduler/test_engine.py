@@ -71,7 +71,7 @@ async def sent() -> list[Plan]:
 async def engine(core: Watched, sent: list[Plan]) -> Engine:
     """An engine with a worker attached."""
     made = Engine(core, 100, Metrics(), structlog.get_logger(), clock=lambda: 5.0)
-    made.connect(lambda plan, num_sampling, message: sent.append(plan))
+    made.connect(lambda plan, num_sampling, message: sent.append(plan), lambda message: None)
     made.worker_attached(ATTACHED, MODEL)
     await asyncio.sleep(0)
     return made

@@ -224,7 +224,9 @@ class Device:
             step.num_tokens.extend(chunks.values())
         step.slots.extend(chunks)
         with torch.inference_mode():
-            outputs = self.runner.run(*self.stager.stage(step))
+            staged = self.stager.stage(step)
+            self.runner.grammars.change(step.released_slots, self.runner.grammars.prepare(step))
+            outputs = self.runner.run(*staged)
         for slot, parent in parents.items():
             source = self.sequences[parent]
             self.sequences[slot] = Sequence_(

@@ -14,6 +14,7 @@ from gpu_worker.hub_client import EXIT_REFUSED, HubClient
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.staging import StepError
 from pagoda.internal.v1 import worker_pb2
+from pagoda.v1 import scheduler_pb2
 from tests.unit.worker.fake_hub import WAIT_S, FakeHub
 
 
@@ -23,6 +24,7 @@ class EchoDevice:
     def __init__(self) -> None:
         self.hub: HubClient
         self.epochs: list[int] = []
+        self.vocabularies: list[scheduler_pb2.Vocabulary] = []
         self._steps: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -33,6 +35,10 @@ class EchoDevice:
     def submit(self, step: worker_pb2.Step) -> None:
         """See `hub_client.Executor`."""
         self._steps.put(step)
+
+    def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
+        """See `hub_client.Executor`."""
+        self.vocabularies.append(vocabulary)
 
     def _run(self) -> None:
         while True:
