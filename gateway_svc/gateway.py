@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +24,7 @@ from gateway_svc.generation import Generation, GenerationSpec, Job
 from gateway_svc.metrics import Metrics
 from gateway_svc.scheduler_link import SchedulerLink
 from gateway_svc.spans import Spans
+from gateway_svc.text.grammars import ModelGrammars
 from gateway_svc.text.tokenizer import Message, ModelTokenizer
 from pagoda.tracing import traceparent_of
 from pagoda.v1 import scheduler_pb2 as pb
@@ -73,6 +74,7 @@ class Gateway:
         self.settings = settings
         self.spans = spans
         self.tokenizer = tokenizer
+        self._grammars = ModelGrammars(tokenizer)
         self.link = link
         self.metrics = metrics
         self.model_name = settings.served_name
@@ -127,6 +129,17 @@ class Gateway:
             raise InvalidField(field, f"holds {bad}; token ids are from 0 to {model.vocab_size - 1}")
         self._check_count(prompt, field, model)
         return prompt
+
+    async def constrain(self, sampling: pb.SamplingParams, make: Callable[[], str], field: str) -> None:
+        """Let outputs follow the grammar that `make` makes (see `gateway_svc.text.grammars`).
+
+        Raises:
+            InvalidField: there is no such grammar.
+            Unavailable: the model is not known yet.
+        """
+        model = self.model_info()
+        compiled = await self.tokenizer.in_thread(lambda: self._grammars.compile(make, field, model))
+        sampling.grammar, self.link.vocabulary = compiled
 
     def _check_length(self, text: str, field: str, model: pb.ModelInfo) -> None:
         """Refuse a text that cannot fit, whatever its tokens are, before seconds are spent on it.

@@ -37,6 +37,7 @@ class SchedulerLink:
         self.model: pb.ModelInfo | None = None
         self.num_workers = 0
         self.connected = False
+        self.vocabulary: pb.Vocabulary | None = None  # told before the first request with a grammar
         self._token = token
         self._client_name = client_name
         self._max_requests = max_requests
@@ -148,11 +149,15 @@ class SchedulerLink:
     async def _write(self, call: Any) -> None:
         """Send what has gathered since the last message, submits before the stops that may name them."""
         await call.write(pb.SessionRequest(hello=pb.SessionHello(client_name=self._client_name)))
+        told: pb.Vocabulary | None = None
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
             submits, self._submits = self._submits, []
             stops, self._stops = self._stops, []
+            if told is not self.vocabulary and any(request.sampling.grammar for _, request in submits):
+                told = self.vocabulary
+                await call.write(pb.SessionRequest(vocabulary=told))
             for batch in _batches(submits):
                 await call.write(pb.SessionRequest(submit=batch))
             if stops:
@@ -236,7 +241,7 @@ def _batches(submits: list[tuple[int, pb.GenerateTokensRequest]]) -> Iterator[pb
     for handle, request in submits:
         batch.handles.append(handle)
         batch.requests.append(request)
-        size += len(request.prompt_token_ids)
+        size += len(request.prompt_token_ids) + len(request.sampling.grammar)
         if size >= MAX_TOKENS_A_MESSAGE:
             yield batch
             batch, size = pb.SubmitBatch(), 0

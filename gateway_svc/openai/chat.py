@@ -25,6 +25,7 @@ from gateway_svc.openai.params import (
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of, new_call
 from gateway_svc.openai.responses import JobResponse
 from gateway_svc.openai.schema import ChatRequest
+from gateway_svc.openai.structured import constrain
 
 router = APIRouter(route_class=StrictJsonRoute)
 
@@ -38,6 +39,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         gateway.check_model(body.model)
         check_supported(body)
         sampling = sampling_of(body)
+        await constrain(gateway, sampling, body)
         options = template_options(body, gateway.settings.trust_request_chat_template)
         prompt = await gateway.chat_prompt(messages_of(body.messages), "messages", **options)
         job = gateway.start(call, [spec_of(body, sampling, prompt, call.request_id)])

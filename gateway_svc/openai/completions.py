@@ -18,6 +18,7 @@ from gateway_svc.openai.params import check_supported, max_tokens_of, sampling_o
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of, new_call
 from gateway_svc.openai.responses import JobResponse
 from gateway_svc.openai.schema import CompletionRequest
+from gateway_svc.openai.structured import constrain
 
 router = APIRouter(route_class=StrictJsonRoute)
 
@@ -31,6 +32,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         gateway.check_model(body.model)
         check_supported(body)
         sampling = sampling_of(body)
+        await constrain(gateway, sampling, body)
         prompts = await _prompts(gateway, body)
         if len(prompts) * body.n > MAX_SAMPLES:
             raise InvalidField("prompt", f"makes {len(prompts) * body.n} samples; at most {MAX_SAMPLES}")

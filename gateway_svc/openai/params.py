@@ -25,10 +25,6 @@ _COPIED = (
 
 def check_supported(body: SamplingBody) -> None:
     """Raises NotSupported for what later versions do."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise NotSupported("response_format", "only the type 'text' is")
-    if body.structured_outputs:
-        raise NotSupported("structured_outputs")
     if body.use_beam_search:
         raise NotSupported("use_beam_search", "leave it out, or sample with n")
     if isinstance(body, ChatRequest) and body.tool_choice != "none":

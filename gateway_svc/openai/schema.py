@@ -31,10 +31,31 @@ class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="A last chunk with the usage and no choices.")
 
 
-class ResponseFormat(Body):
-    """Only `text` for now."""
+class JsonSchema(Body):
+    """A schema with the name that OpenAI's API wants for it."""
 
-    type: str
+    name: str | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+    strict: bool | None = Field(None, description="The output follows the schema in any case.")
+
+
+class ResponseFormat(Body):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """What an output must be, in vLLM's words: exactly one of the first five."""
+
+    json_: dict[str, Any] | bool | str | None = Field(None, alias="json", description="A JSON schema.")
+    regex: str | None = Field(None, description="Matches the whole output.")
+    choice: list[str] | None = None
+    grammar: str | None = Field(None, description="In Lark's form as llguidance reads it, or GBNF.")
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = Field(None, description="Between parts of JSON.")
 
 
 class SamplingBody(Body):
@@ -69,9 +90,9 @@ class SamplingBody(Body):
     )
     add_special_tokens: bool | None = Field(None, description="Default: for text, not for chats.")
     user: str | None = None
-    # Later versions support these. They are declared so that asking for them is an error, not a surprise.
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # Later versions support these. They are declared so that asking for them is an error, not a surprise.
     use_beam_search: bool | None = None
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 from grpc_status import rpc_status
@@ -21,6 +22,7 @@ from gateway_svc.gateway import (
     usage_of,
 )
 from gateway_svc.generation import GenerationSpec, Job, Sample
+from gateway_svc.text import grammars
 from gateway_svc.text.tokenizer import Message
 from pagoda.tracing import contexts_in
 from pagoda.v1 import inference_pb2 as pb
@@ -122,6 +124,7 @@ class InferenceService(rpc.InferenceServiceServicer):
             sampling.n = 1
         if not 1 <= sampling.n <= MAX_SAMPLES_A_REQUEST:
             raise InvalidField("sampling.n", f"is {sampling.n}; must be from 1 to {MAX_SAMPLES_A_REQUEST}")
+        await self._constrain(request, sampling)
         return GenerationSpec(
             request_id=request_id,
             prompt=await self._prompt(request),
@@ -132,6 +135,30 @@ class InferenceService(rpc.InferenceServiceServicer):
             priority=request.priority,
             cache_salt=request.cache_salt,
         )
+
+    async def _constrain(self, request: pb.GenerateRequest, sampling: scheduler_pb2.SamplingParams) -> None:
+        """Let the outputs have the form that is asked for."""
+        form = request.structured_output
+        kind = form.WhichOneof("form")
+        field = f"structured_output.{kind}" if kind else "sampling.grammar"
+        if kind and sampling.grammar:
+            raise InvalidField(field, "cannot be together with sampling.grammar")
+        make: Callable[[], str]
+        match kind:
+            case "json_object":
+                make = partial(grammars.json_object_grammar, field)
+            case "json_schema":
+                make = partial(grammars.json_schema_grammar, form.json_schema, field)
+            case "regex":
+                make = partial(grammars.regex_grammar, form.regex, field)
+            case "choice":
+                make = partial(grammars.choice_grammar, form.choice.texts, field)
+            case "grammar":
+                make = partial(grammars.lark_grammar, form.grammar, field)
+            case _:
+                make = partial(grammars.checked, sampling.grammar, field)
+        if kind or sampling.grammar:
+            await self._gateway.constrain(sampling, make, field)
 
     async def _prompt(self, request: pb.GenerateRequest) -> list[int]:
         gateway = self._gateway

@@ -96,6 +96,17 @@ class ModelTokenizer:
         """Tokens that the tokenizer knows; the model may have more."""
         return int(self._backend.get_vocab_size())
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that no text makes."""
+        return [i for i, token in self._backend.get_added_tokens_decoder().items() if token.special]
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends an answer, as far as the tokenizer knows."""
+        token_id: int | None = self._hf.eos_token_id
+        return token_id
+
     def use_chat_template(self, path: Path) -> None:
         """Render chats with the template in this file from now on. Raises TokenizerError."""
         try:
@@ -116,11 +127,11 @@ class ModelTokenizer:
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
-        return await self._in_thread(lambda: self._encode([text], add_special_tokens)[0])
+        return await self.in_thread(lambda: self._encode([text], add_special_tokens)[0])
 
     async def encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of several texts."""
-        return await self._in_thread(lambda: self._encode(texts, add_special_tokens))
+        return await self.in_thread(lambda: self._encode(texts, add_special_tokens))
 
     async def encode_chat(
         self,
@@ -147,11 +158,11 @@ class ModelTokenizer:
         def work() -> list[int]:
             return self._encode([self._render(messages, options)], add_special_tokens)[0]
 
-        return await self._in_thread(work)
+        return await self.in_thread(work)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
-        return await self._in_thread(
+        return await self.in_thread(
             lambda: b"".join([self.verbatim[i] for i in token_ids]).decode("utf-8", "replace")
         )
 
@@ -175,5 +186,6 @@ class ModelTokenizer:
         except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
             raise InvalidField("messages", f"the chat template does not take them: {error}") from error
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """What `work` returns, worked out beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
