@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -138,7 +139,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--load-format", default="auto")
-    p.add_argument("--worker-args", nargs="*", default=["--num-blocks", "1024"])
+    p.add_argument("--worker-args", type=shlex.split, default=[])
     p.add_argument("--json", type=Path, help="where the figures go")
     return p.parse_args()
 

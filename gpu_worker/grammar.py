@@ -19,6 +19,7 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask_par
 
+from gpu_worker.batch import ALIGNMENT
 from kernels.rows import GOES_ON
 from pagoda.internal.v1 import worker_pb2
 from pagoda.v1 import scheduler_pb2
@@ -126,10 +127,11 @@ class Grammars:
         """
         self._catch_up()
         count, words = len(constrained), -(-self._vocab_size // 32)
+        start = -(-count // ALIGNMENT) * ALIGNMENT
         # Pinned memory is torch's, which uses none again before the copy out of it is done.
-        packed = torch.zeros(count * (words + 1), dtype=torch.int32, pin_memory=self._on_device)
-        bits = packed[: count * words].view(count, words)
-        packed[count * words :] = torch.tensor([place for place, _ in constrained], dtype=torch.int32)
+        packed = torch.zeros(start + count * words, dtype=torch.int32, pin_memory=self._on_device)
+        packed[:count] = torch.tensor([place for place, _ in constrained], dtype=torch.int32)
+        bits = packed[start:].view(count, words)
         rows = [self._rows[slot] for _, slot in constrained]
         ready = [(row.matcher.result(), i) for i, row in enumerate(rows) if self._goes_on(row)]
         if ready:
@@ -138,7 +140,7 @@ class Grammars:
             if not self._goes_on(rows[i]):
                 bits[i] = 0  # llguidance lets a matcher that fails end as if it were done
         packed = packed.to(self._device, non_blocking=True)
-        return packed[count * words :], packed[: count * words].view(count, words)
+        return packed[:count], packed[start:].view(count, words)
 
     def follow(self, constrained: Constrained, drawn: torch.Tensor) -> None:
         """Note what an iteration draws: int32[2, R] on the device, see `kernels.rows.accept`."""
