@@ -85,12 +85,13 @@ class Judge:
 
 
 def made_up(vocab_size: int, eos: int) -> pb.Vocabulary:
-    """A vocabulary where there is no tokenizer: single bytes, then words, which begin with a space or not."""
+    """A vocabulary where there is no tokenizer: single bytes, then words, and some signs and numbers."""
     generator = random.Random(0)
-    letters = 'etaoinshrdlu0123456789",:{}[]-. '
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < vocab_size:
-        tokens.append("".join(generator.choices(letters, k=generator.randint(2, 8))).encode())
+        letters = generator.choices(("etaoinshrdlucmfw", '{}[]":, \n', "0123456789"), (92, 6, 2))[0]
+        word = "".join(generator.choices(letters, k=generator.randint(2, 9)))
+        tokens.append((generator.choice(("", " ")) + word).encode())
     tokens[eos] = b"<eos>"
     return pb.Vocabulary(tokens=tokens[:vocab_size], special_token_ids=[eos], eos_token_id=eos)
 

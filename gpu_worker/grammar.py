@@ -8,6 +8,7 @@ device has drawn by then. So the device waits for masks only where they take lon
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,9 @@ from pagoda.internal.v1 import worker_pb2
 from pagoda.v1 import scheduler_pb2
 
 NUM_THREADS = 2
-NUM_COMPILED = 64  # grammars kept; rows of one share its lexer, which gets faster with use
+# Rows of one grammar share its lexers, which get faster with use, but serve one row at a time.
+NUM_LEXERS = min(8, max(1, len(os.sched_getaffinity(0)) // 2))
+NUM_COMPILED = 64 * NUM_LEXERS  # kept
 
 Entering = dict[int, Future[LLMatcher]]
 """Matchers of a step's new rows, by slot."""
@@ -95,15 +98,15 @@ class Grammars:
 
     def prepare(self, step: worker_pb2.Step) -> Entering:
         """Begin to make the matchers of a step that is still to be run."""
-        return {
-            row.slot: self._threads.submit(
-                _started, self._compiled(row.sampling.grammar), row.tokens[row.num_prompt_tokens :]
-            )
-            for row in step.new_rows
-            if row.sampling.grammar
-        }
+        rows = [row for row in step.new_rows if row.sampling.grammar]
+        entering = {}
+        for i, row in enumerate(rows, len(self._rows)):
+            compiled = self._compiled(row.sampling.grammar, i % NUM_LEXERS)
+            output = row.tokens[row.num_prompt_tokens :]
+            entering[row.slot] = self._threads.submit(_started, compiled, output)
+        return entering
 
-    def _compile_soon(self, grammar: str) -> Future[LLMatcher]:
+    def _compile_soon(self, grammar: str, lexer: int) -> Future[LLMatcher]:
         return self._threads.submit(_compiled, self._tokens, grammar)
 
     def clear(self) -> None:
