@@ -5,6 +5,7 @@ Nothing here does I/O, so that the synchronous and the asyncio client differ onl
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import secrets
@@ -44,7 +45,7 @@ _ON_REQUEST = frozenset(
     }
 )
 _ON_SAMPLING = frozenset(field.name for field in spb.SamplingParams.DESCRIPTOR.fields)
-_ELSEWHERE = frozenset({"stop", "continue_final_message", "timeout"})
+_ELSEWHERE = frozenset({"stop", "continue_final_message", "structured_output", "timeout"})
 _FINISH_REASONS: dict[int, str | None] = {
     spb.FINISH_REASON_UNSPECIFIED: None,
     spb.FINISH_REASON_STOP: "stop",
@@ -101,6 +102,8 @@ def build_request(prompt: Prompt | None, messages: Messages | None, options: Opt
         _extend(request.token_ids.ids, prompt or (), "token_ids")
     stop = options.get("stop", ())
     _extend(request.stop, [stop] if isinstance(stop, str) else stop, "stop")
+    if (form := options.get("structured_output")) is not None:
+        fill_form(request.structured_output, form)
     for name, value in options.items():
         if value is None or name in _ELSEWHERE:
             continue
@@ -113,6 +116,25 @@ def build_request(prompt: Prompt | None, messages: Messages | None, options: Opt
     if not request.sampling.HasField("seed"):
         request.sampling.seed = secrets.randbits(63)
     return request
+
+
+def fill_form(form: pb.StructuredOutput, asked: Mapping[str, Any]) -> None:
+    """Put what an output must be into `form`. Raises InvalidRequest."""
+    names = [field.name for field in form.DESCRIPTOR.oneofs_by_name["form"].fields]
+    if len(asked) != 1 or not set(asked) <= set(names):
+        problem = f"structured_output: give exactly one of {', '.join(names)}"
+        raise InvalidRequest(problem, field="structured_output")
+    ((name, value),) = asked.items()
+    field = f"structured_output.{name}"
+    if name == "choice":
+        _extend(form.choice.texts, [value] if isinstance(value, str) else value, field)
+        return
+    if name == "json_schema" and not isinstance(value, str):
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            _refuse(field, error)
+    _set(form, name, value, field)
 
 
 def fill_chat(chat: pb.Chat, messages: Messages) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -37,6 +37,8 @@ class Options(TypedDict, total=False):
     priority: int
     cache_salt: str
     continue_final_message: bool
+    structured_output: Mapping[str, Any]
+    """One of json_object (True), json_schema (a dict, or its JSON), regex, choice (texts), grammar (Lark)."""
     timeout: float
 
 

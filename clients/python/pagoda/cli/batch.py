@@ -137,7 +137,22 @@ def _from_openai(body: dict[str, Any]) -> dict[str, Any]:
         item.pop("logprobs", None)
         if body["logprobs"]:
             item["logprobs"] = body.get("top_logprobs") or 0
-    return item
+    form = _form_of(body.get("response_format"), body.get("structured_outputs"))
+    return item if form is None else {**item, "structured_output": form}
+
+
+def _form_of(response_format: Any, structured_outputs: Any) -> dict[str, Any] | None:
+    """What an output must be, in our words."""
+    kind = response_format.get("type") if isinstance(response_format, dict) else None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        asked = response_format.get("json_schema")
+        return {"json_schema": asked.get("schema") if isinstance(asked, dict) else None}
+    if isinstance(structured_outputs, dict):
+        names: dict[Any, Any] = {"json": "json_schema"}
+        return {names.get(name, name): value for name, value in structured_outputs.items()}
+    return None
 
 
 def _flat(message: Any) -> Any:
