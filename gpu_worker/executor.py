@@ -140,7 +140,7 @@ class DeviceExecutor:
                 self._on_failure(error)
                 return
 
-    def _next(self) -> worker_pb2.Step | _Reset | None:
+    def _next(self) -> _Item | None:
         """What to do next. At rest, graphs are captured until it comes, and memory is given back that only
         the largest steps need: a step would wait for either."""
         graphs = self._runner.graphs

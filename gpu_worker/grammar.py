@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import structlog
 import torch
@@ -61,15 +61,6 @@ class _Row:
     ended: bool = False
 
 
-@dataclass(frozen=True)
-class _Unread:
-    """What an iteration drew: int32[2, R] in host memory, there after `event`."""
-
-    event: torch.cuda.Event | None
-    values: torch.Tensor
-    rows: list[tuple[int, _Row]]
-
-
 class Grammars:
     """Matchers of the rows in slots. `learn` and `prepare` belong to the thread that receives steps, all else
     to the one that runs them; what takes long is done by threads of its own."""
@@ -81,13 +72,13 @@ class Grammars:
         self._vocabulary: scheduler_pb2.Vocabulary | None = None
         self._tokens: Future[_Tokens] = Future()
         self._tokens.set_exception(ValueError("no vocabulary has come"))
-        self._compiled = lru_cache(NUM_COMPILED)(self._compile_soon)
+        self._compiled = lru_cache(NUM_COMPILED)(
+            lambda grammar, lexer: self._threads.submit(_compiled, self._tokens, grammar)
+        )
+        self._fillers = LLExecutor()
         self._rows: dict[int, _Row] = {}
-        self._unread: deque[_Unread] = deque()
-
-    @cached_property
-    def _fillers(self) -> LLExecutor:
-        return LLExecutor()
+        # What iterations drew, int32[2, R] in host memory, there after an event; and whose it is, by place.
+        self._unread: deque[tuple[torch.cuda.Event | None, torch.Tensor, list[tuple[int, _Row]]]] = deque()
 
     def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
         """What tokens stand for, from here on."""
@@ -106,9 +97,6 @@ class Grammars:
             entering[row.slot] = self._threads.submit(_started, compiled, output)
         return entering
 
-    def _compile_soon(self, grammar: str, lexer: int) -> Future[LLMatcher]:
-        return self._threads.submit(_compiled, self._tokens, grammar)
-
     def clear(self) -> None:
         """Forget all rows."""
         self._rows.clear()
@@ -116,11 +104,9 @@ class Grammars:
 
     def change(self, released: Iterable[int], entering: Entering) -> None:
         """Follow a step's changes of rows."""
-        if self._rows:
-            for slot in released:
-                self._rows.pop(slot, None)
-        for slot, matcher in entering.items():
-            self._rows[slot] = _Row(matcher)
+        for slot in released:
+            self._rows.pop(slot, None)
+        self._rows.update((slot, _Row(matcher)) for slot, matcher in entering.items())
 
     def masks(self, constrained: Constrained) -> tuple[torch.Tensor, torch.Tensor]:
         """What rows may draw next: their places (int32[G]) and a bit a token (int32[G, W]), on the device for
@@ -153,16 +139,15 @@ class Grammars:
         if self._on_device:
             event = torch.cuda.Event()
             event.record()
-        rows = [(place, self._rows[slot]) for place, slot in constrained]
-        self._unread.append(_Unread(event, values, rows))
+        self._unread.append((event, values, [(place, self._rows[slot]) for place, slot in constrained]))
 
     def _catch_up(self) -> None:
         while self._unread:
-            unread = self._unread.popleft()
-            if unread.event is not None:
-                unread.event.synchronize()
-            tokens, outcomes = unread.values.tolist()
-            for place, row in unread.rows:
+            event, values, rows = self._unread.popleft()
+            if event is not None:
+                event.synchronize()
+            tokens, outcomes = values.tolist()
+            for place, row in rows:
                 row.ended = row.ended or outcomes[place] != GOES_ON
                 if not row.ended:
                     row.matcher.result().consume_token(tokens[place])

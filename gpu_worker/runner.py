@@ -161,14 +161,9 @@ class Runner:
         self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
 
     def _draw_as_asked(
-        self,
-        i: int,
-        logits: torch.Tensor,
-        inputs: Inputs,
-        batch: Batch,
-        drawn: torch.Tensor,
+        self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,
         outputs: StepOutputs,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows."""
         if not batch.constrained:
             self._draw(logits, inputs, batch.features, drawn, outputs)
@@ -183,25 +178,12 @@ class Runner:
             outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
 
     def _draw(
-        self,
-        logits: torch.Tensor,
-        inputs: Inputs,
-        features: Features,
-        drawn: torch.Tensor,
+        self, logits: torch.Tensor, inputs: Inputs, features: Features, drawn: torch.Tensor,
         outputs: StepOutputs,
-    ) -> None:
-        state = self._rows.state
-        sampled = sample(
-            logits,
-            inputs.sample_slots,
-            state.columns,
-            state.tokens,
-            state.num_tokens,
-            state.num_prompt,
-            self._model.vocab_size,
-            features,
-        )
-        slots = inputs.sample_slots
+    ) -> None:  # fmt: skip
+        state, slots = self._rows.state, inputs.sample_slots
+        history = state.tokens, state.num_tokens, state.num_prompt
+        sampled = sample(logits, slots, state.columns, *history, self._model.vocab_size, features)
         accept(state, slots, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
         if sampled.logprobs is not None:
             outputs.logprobs.append(sampled.logprobs)

@@ -55,8 +55,6 @@ class Sink(Protocol):
 
 # Takes a plan, what its answer is read through, and its message.
 SendStep = Callable[[Plan, Flight, bytes], None]
-# Takes a message for every worker.
-Tell = Callable[[bytes], None]
 
 
 class _Live(NamedTuple):
@@ -97,7 +95,7 @@ class Engine:
         self._recorder = recorder
         self._clock = clock
         self._send: SendStep | None = None
-        self._tell: Tell | None = None
+        self._tell: Callable[[bytes], None] = lambda message: None
         self._events: list[Event] = []
         self._num_arriving = 0
         self._turn_scheduled = False
@@ -111,16 +109,15 @@ class Engine:
 
     # -------------------------------------------------------------------------- towards the workers
 
-    def connect(self, send: SendStep, tell: Tell) -> None:
-        """Give the engine its ways to the workers."""
+    def connect(self, send: SendStep, tell: Callable[[bytes], None]) -> None:
+        """Give the engine its ways to the workers: for a step, and for a message to each of them."""
         self._send, self._tell = send, tell
 
     def learn(self, vocabulary: bytes) -> None:
         """What tokens stand for, as the message that every worker is told, now or when it attaches."""
         if vocabulary != self.vocabulary:
             self.vocabulary = vocabulary
-            if self._tell is not None:
-                self._tell(vocabulary)
+            self._tell(vocabulary)
 
     def worker_attached(self, event: WorkerAttached, model: ServedModel) -> None:
         """A group is complete; the first one decides what the cluster serves."""

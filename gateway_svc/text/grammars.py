@@ -54,6 +54,7 @@ def json_schema_grammar(
         schema = {**schema, "x-guidance": options | own}
     try:
         text = json.dumps(schema, ensure_ascii=False)
+        text.encode()  # which lone surrogates are refused by
         checked(LLMatcher.grammar_from_json_schema(text), field)
     except (ValueError, RecursionError) as error:
         raise InvalidField(field, str(error)) from error

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pytest
@@ -24,6 +25,7 @@ from gateway_svc.text.grammars import ModelGrammars, json_schema_grammar
 from gateway_svc.text.tokenizer import load_tokenizer
 from pagoda.models import EMBEDDED_MODEL as MODEL
 from pagoda.v1 import scheduler_pb2 as pb
+from pagoda.v1 import scheduler_pb2_grpc as rpc
 from tests.support.cluster import Cluster, cluster
 from tests.support.cluster_sched import wait_until
 from tests.support.data import model_folder
@@ -227,11 +229,16 @@ def test_errors_by_grpc(running: Cluster) -> None:
             assert refused.value.field == field
 
 
-def test_a_grammar_of_a_direct_client(running: Cluster) -> None:
-    """`sampling.grammar` takes llguidance's own form; it needs a vocabulary, which a gateway has told."""
-    with pagoda.Client(running.grpc) as client:
-        options: Any = {"grammar": "start: /[a-c]{3}/", "temperature": 0}
-        assert re.fullmatch("[a-c]{3}", client.generate("x", **options).text)
+def test_a_grammar_of_a_direct_client(running: Cluster, judge: Judge) -> None:
+    """llguidance's own form, with parts that it forces; the vocabulary is what the gateway has told."""
+    grammar = 'start: "Antananarivo: " /[a-c]{3}/'
+    sampling = pb.SamplingParams(grammar=grammar, temperature=0)
+    request = pb.GenerateTokensRequest(prompt_token_ids=[5, 6, 7], sampling=sampling)
+    with grpc.insecure_channel(running.scheduler.address) as channel:
+        responses = list(rpc.SchedulerServiceStub(channel).GenerateTokens(request))
+    output = [token for response in responses for token in response.token_ids]
+    judge.assert_follows(grammar, output, ended=True)
+    assert re.fullmatch("Antananarivo: [a-c]{3}", judge.text(output))
 
 
 # --------------------------------------------------------------------------------------- what may happen

@@ -338,6 +338,8 @@ class SimExecutor:
         self._queue: queue.SimpleQueue[tuple[float, wire.Step] | _Reset] = queue.SimpleQueue()
         self.times: list[StepTimes] = []
         self.broken: list[str] = []
+        self.learned: list[scheduler_pb2.Vocabulary] = []
+        self.constrained: list[tuple[wire.NewRow, int]] = []  # with the number of vocabularies by then
         threading.Thread(target=self._run, name="sim", daemon=True).start()
 
     def reset(self, epoch: int) -> None:
@@ -349,9 +351,11 @@ class SimExecutor:
     def submit(self, step: wire.Step) -> None:
         """Queue a step."""
         self._queue.put((time.perf_counter(), step))
+        self.constrained += [(row, len(self.learned)) for row in step.new_rows if row.sampling.grammar]
 
     def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
-        """What is drawn here follows no grammar."""
+        """What is drawn here follows no grammar; that it came is noted."""
+        self.learned.append(vocabulary)
 
     def _run(self) -> None:
         free_at = 0.0

@@ -44,7 +44,7 @@ _ON_REQUEST = frozenset(
         "cache_salt",
     }
 )
-_ON_SAMPLING = frozenset(field.name for field in spb.SamplingParams.DESCRIPTOR.fields)
+_ON_SAMPLING = frozenset(field.name for field in spb.SamplingParams.DESCRIPTOR.fields) - {"grammar"}
 _ELSEWHERE = frozenset({"stop", "continue_final_message", "structured_output", "timeout"})
 _FINISH_REASONS: dict[int, str | None] = {
     spb.FINISH_REASON_UNSPECIFIED: None,

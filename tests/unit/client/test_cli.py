@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pagoda.cli.main import app
+from pagoda.v1 import inference_pb2
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import ScriptedServer, failure, last, play, serving, token
 
@@ -175,6 +176,33 @@ def batch_file(folder: Path) -> Path:
     ]
     path.write_bytes(b"\n".join(lines))
     return path
+
+
+@pytest.mark.parametrize(
+    ("body", "form"),
+    [
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "null"}},
+                }
+            },
+            {"json_schema": '{"type": "null"}'},
+        ),
+        ({"structured_outputs": {"json": {"type": "null"}}}, {"json_schema": '{"type": "null"}'}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": {"texts": ["a", "b"]}}),
+        ({"response_format": {"type": "text"}}, {}),
+    ],
+)
+def test_batch_takes_openais_words_for_structured_output(tmp_path: Path, body: Any, form: Any) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"custom_id": "x", "body": {"prompt": "0", **body}}))
+    with serving(numbered()) as server:
+        done = cli("batch", str(file), "--url", server.target)
+    assert done.exit_code == 0, done.stderr
+    assert server.requests[0].structured_output == inference_pb2.StructuredOutput(**form)
 
 
 def results(path: Path) -> list[dict[str, Any]]:

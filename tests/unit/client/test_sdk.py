@@ -16,6 +16,7 @@ import pytest
 
 import pagoda
 from pagoda import TokenLogprob, calls
+from pagoda.v1 import inference_pb2
 from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import failure, last, play, resumed, serving, token
@@ -76,6 +77,24 @@ def test_options_land_in_their_fields(run: Any) -> None:
     assert (sampling.top_k, sampling.seed, sampling.n, sampling.max_tokens) == (5, 2**63, 2, 9)
     assert (dict(sampling.logit_bias), list(sampling.stop_token_ids)) == ({3: -100.0}, [4, 5])
     assert sampling.HasField("logprobs") and sampling.ignore_eos
+
+
+@pytest.mark.parametrize(
+    ("asked", "form"),
+    [
+        ({"json_object": True}, {"json_object": True}),
+        ({"json_schema": {"enum": ["é"]}}, {"json_schema": '{"enum": ["é"]}'}),
+        ({"json_schema": '{"type": "null"}'}, {"json_schema": '{"type": "null"}'}),
+        ({"regex": "a+"}, {"regex": "a+"}),
+        ({"choice": ["a", "b"]}, {"choice": {"texts": ["a", "b"]}}),
+        ({"choice": "a"}, {"choice": {"texts": ["a"]}}),
+        ({"grammar": "start: /a/"}, {"grammar": "start: /a/"}),
+    ],
+)
+def test_structured_output_lands_in_its_form(run: Any, asked: Any, form: Any) -> None:
+    with serving(play(last(0))) as server:
+        run(server.target, lambda c: c.generate("hi", structured_output=asked))
+    assert server.requests[0].structured_output == inference_pb2.StructuredOutput(**form)
 
 
 def test_every_option_is_known_to_the_builder() -> None:
@@ -223,6 +242,12 @@ def test_errors_are_typed_and_not_tried_again(run: Any, status: grpc.Status, kin
         ("hi", {"temperature": "hot"}, "sampling.temperature"),
         ("hi", {"logit_bias": {-1: 0.0}}, "sampling.logit_bias"),
         ("hi", {"stop": [1]}, "stop"),
+        ("hi", {"structured_output": {}}, "structured_output"),
+        ("hi", {"structured_output": {"regex": "a", "choice": ["b"]}}, "structured_output"),
+        ("hi", {"structured_output": {"xml": "a"}}, "structured_output"),
+        ("hi", {"structured_output": {"regex": 5}}, "structured_output.regex"),
+        ("hi", {"structured_output": {"choice": [5]}}, "structured_output.choice"),
+        ("hi", {"structured_output": {"json_schema": {1j: 2}}}, "structured_output.json_schema"),
         ("\ud800", {}, "text"),
         ([1, -2], {}, "token_ids"),
         ([1, 2**32], {}, "token_ids"),

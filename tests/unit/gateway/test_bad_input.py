@@ -17,6 +17,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}}
 USER = [{"role": "user", "content": "hi"}]
 
+NOT_A_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}
+
 # route, body, param: each is a 400.
 BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": USER, "temperature": -1}, "temperature"),
@@ -65,11 +67,31 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"messages": USER, "continue_final_message": True, "add_generation_prompt": True},
         "continue_final_message",
     ),
-    (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+    (CHAT, {"messages": USER, "response_format": {"type": "xml"}}, "response_format.type"),
+    (CHAT, {"messages": USER, "response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (
+        CHAT,
+        {"messages": USER, "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        "response_format.json_schema.schema",
+    ),
+    (CHAT, {"messages": USER, "response_format": NOT_A_SCHEMA}, "response_format.json_schema.schema"),
     (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools"),
     (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice"),
     (CHAT, {"messages": USER, "use_beam_search": True}, "use_beam_search"),
-    (CHAT, {"messages": USER, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    (CHAT, {"messages": USER, "structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
+    (CHAT, {"messages": USER, "structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    (CHAT, {"messages": USER, "structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+    (CHAT, {"messages": USER, "structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    (CHAT, {"messages": USER, "structured_outputs": {"choice": [5]}}, "structured_outputs.choice[0]"),
+    (CHAT, {"messages": USER, "structured_outputs": {}}, "structured_outputs"),
+    (CHAT, {"messages": USER, "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    (
+        CHAT,
+        {"messages": USER, "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    (TEXT, {"prompt": "x", "structured_outputs": {"grammar": "start: y"}}, "structured_outputs.grammar"),
+    (TEXT, {"prompt": "x", "structured_outputs": {"grammar": "start: <|y|>"}}, "structured_outputs.grammar"),
     (CHAT, {"messages": [{"role": "user", "content": "word " * 9000}]}, "messages"),
     (TEXT, {"prompt": ""}, "prompt"),
     (TEXT, {"prompt": []}, "prompt"),

@@ -78,6 +78,7 @@ def test_a_new_row_arrives() -> None:
         min_tokens=3,
         stop_token_ids=(2, 8),
         num_logprobs=0,
+        grammar="start: /x/",
     )
     new = NewRow(5, None, (1, 2, 3), 2, 1, (7, 9), 30, sampling, "00-a-b-01")
     row = wire.AttachResponse.FromString(encode_step(plan(new_rows=[new], slots=[5]))).step.new_rows[0]
@@ -90,6 +91,7 @@ def test_a_new_row_arrives() -> None:
     assert (list(got.bias_token_ids), list(got.bias_values)) == ([4, 9], [1.5, -2])
     assert (got.seed, got.min_tokens, list(got.stop_token_ids)) == (1 << 63, 3, [2, 8])
     assert got.HasField("num_logprobs") and got.num_logprobs == 0
+    assert got.grammar == "start: /x/"
 
 
 def test_what_is_off_is_absent() -> None:

@@ -103,6 +103,16 @@ def test_steps_are_answered_in_order(hub, running):
     assert running.device.epochs == [7]
 
 
+def test_the_vocabulary_is_learnt(hub, running):
+    session = hub.next_session()
+    session.start(1)
+    vocabulary = scheduler_pb2.Vocabulary(tokens=[b"a", b"\xff"], special_token_ids=[1], eos_token_id=1)
+    session.outgoing.put(worker_pb2.AttachResponse(vocabulary=vocabulary))
+    session.send(steps(1, 1)[0])
+    session.result()
+    assert running.device.vocabularies == [vocabulary]
+
+
 def test_a_silent_worker_sends_heartbeats(hub, running):
     session = hub.next_session()
     session.start(1)

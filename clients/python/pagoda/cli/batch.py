@@ -150,8 +150,7 @@ def _form_of(response_format: Any, structured_outputs: Any) -> dict[str, Any] | 
         asked = response_format.get("json_schema")
         return {"json_schema": asked.get("schema") if isinstance(asked, dict) else None}
     if isinstance(structured_outputs, dict):
-        names: dict[Any, Any] = {"json": "json_schema"}
-        return {names.get(name, name): value for name, value in structured_outputs.items()}
+        return {"json_schema" if name == "json" else name: form for name, form in structured_outputs.items()}
     return None
 
 

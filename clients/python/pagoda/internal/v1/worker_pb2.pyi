@@ -38,7 +38,9 @@ class _RowEndEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTyp
     ROW_END_LENGTH: _RowEnd.ValueType  # 2
     """ROW_END_LENGTH: last_position was reached."""
     ROW_END_NAN: _RowEnd.ValueType  # 3
-    """ROW_END_NAN: the logits were not finite; the row's request fails, no token is reported."""
+    """ROW_END_NAN: the logits were not finite, or the grammar allowed no token; the row's request fails, no
+    token is reported.
+    """
 
 class RowEnd(_RowEnd, metaclass=_RowEndEnumTypeWrapper):
     """RowEnd says why a row took its last token."""
@@ -50,7 +52,9 @@ ROW_END_STOP: RowEnd.ValueType  # 1
 ROW_END_LENGTH: RowEnd.ValueType  # 2
 """ROW_END_LENGTH: last_position was reached."""
 ROW_END_NAN: RowEnd.ValueType  # 3
-"""ROW_END_NAN: the logits were not finite; the row's request fails, no token is reported."""
+"""ROW_END_NAN: the logits were not finite, or the grammar allowed no token; the row's request fails, no
+token is reported.
+"""
 global___RowEnd = RowEnd
 
 @typing.final
