@@ -9,6 +9,7 @@ device has drawn by then. So the device waits for masks only where they take lon
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -160,14 +161,16 @@ class Grammars:
         if error is None and not (matcher := row.matcher.result()).is_error():
             return True
         row.ended = True
-        reason = str(error) if error is not None else matcher.get_error()
-        structlog.get_logger().warning("a grammar failed", service="worker", reason=reason.split("\n")[0])
+        # Without what it quotes: outputs and schemas are nobody's but their owner's.
+        reason = re.split('["\n]', str(error or matcher.get_error()), maxsplit=1)[0]
+        structlog.get_logger().warning("a grammar failed", service="worker", reason=reason)
         self._compiled.cache_clear()  # what was shared may be what failed
         return False
 
 
 def _compiled(tokens: Future[_Tokens], grammar: str) -> LLMatcher:
-    matcher = LLMatcher(tokens.result().made, grammar, limits=LLParserLimits(verbose_errors=False))
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(tokens.result().made, grammar, log_level=0, limits=limits)
     matcher.compute_bitmask()  # the first takes longest
     return matcher
 

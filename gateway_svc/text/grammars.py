@@ -126,7 +126,7 @@ class ModelGrammars:
         return grammar, self._tokens(key).vocabulary
 
     def _compile(self, grammar: str, key: tuple[int, ...]) -> str:
-        matcher = LLMatcher(self._tokens(key).made, grammar)
+        matcher = LLMatcher(self._tokens(key).made, grammar, log_level=0)
         matcher.compute_bitmask()
         return matcher.get_error().strip()
 
