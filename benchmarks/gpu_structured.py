@@ -120,8 +120,11 @@ class Client:
         await self._call.write(pb.SessionRequest(vocabulary=vocabulary))
 
     async def _read(self) -> pb.SessionResponse:
-        async with asyncio.timeout(self._limit_s):
-            reply = await self._call.read()
+        try:
+            async with asyncio.timeout(self._limit_s):
+                reply = await self._call.read()
+        except TimeoutError:
+            raise RunError(f"nothing came for {self._limit_s:g} s") from None
         if reply is grpc.aio.EOF:  # type: ignore[attr-defined]
             raise RunError(f"the session ended: {await self._call.details()}")
         return reply
