@@ -16,7 +16,6 @@ import pytest
 
 import pagoda
 from pagoda import TokenLogprob, calls
-from pagoda.v1 import inference_pb2
 from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import failure, last, play, resumed, serving, token
@@ -94,7 +93,7 @@ def test_options_land_in_their_fields(run: Any) -> None:
 def test_structured_output_lands_in_its_form(run: Any, asked: Any, form: Any) -> None:
     with serving(play(last(0))) as server:
         run(server.target, lambda c: c.generate("hi", structured_output=asked))
-    assert server.requests[0].structured_output == inference_pb2.StructuredOutput(**form)
+    assert server.requests[0].structured_output == pb.StructuredOutput(**form)
 
 
 def test_every_option_is_known_to_the_builder() -> None:
