@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ class GatewaySettings(ServiceSettings):
     model: str = Field(EMBEDDED_MODEL, description="Name or path whose tokenizer and chat template are used.")
     served_model_name: str = Field("", description="Name that clients ask for; default: the model's own.")
     chat_template: str = Field("", description="File with a chat template; default: the model's own.")
+    tool_call_parser: Literal["auto", "hermes", "llama3", "mistral", "json"] = Field(
+        "auto", description="How the model writes calls of tools; auto asks its chat template."
+    )
     http_host: str = Field("127.0.0.1", description="Address of the HTTP server.")
     http_port: int = Field(8000, ge=0, le=65535, description="Port of the HTTP server; 0 takes any.")
     grpc_host: str = Field("127.0.0.1", description="Address of the gRPC server.")

@@ -170,7 +170,7 @@ class Gateway:
         try:
             self.model_info()
             for spec in specs:
-                table = self.tokenizer.visible if spec.skip_special else self.tokenizer.verbatim
+                table = self.tokenizer.table(spec.skip_special, spec.seen_tokens)
                 generation = Generation(spec, table, job)
                 self.link.submit(generation)
                 job.add(generation)

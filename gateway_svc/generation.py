@@ -31,6 +31,7 @@ class GenerationSpec:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special: bool = True
+    seen_tokens: tuple[str, ...] = ()  # special ones that are not skipped
     priority: int = 0
     cache_salt: str = ""
     drop_output: bool = False  # only the prompt is wanted; the one token that must be drawn is nobody's

@@ -95,7 +95,9 @@ def _first_problem(errors: Sequence[Any]) -> InvalidField:
 
 def _names_a_type(part: int | str) -> bool:
     """Whether a part of a place is one of several possible types, and not a field or an index."""
-    return isinstance(part, str) and (not part.isidentifier() or part in _TYPE_NAMES)
+    if not isinstance(part, str):
+        return False
+    return not part.isidentifier() or part in _TYPE_NAMES or part[0].isupper()
 
 
 def _branch(place: Sequence[int | str]) -> tuple[int | str, ...]:

@@ -25,7 +25,8 @@ from gateway_svc.openai.params import (
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of, new_call
 from gateway_svc.openai.responses import JobResponse
 from gateway_svc.openai.schema import ChatRequest
-from gateway_svc.openai.structured import constrain
+from gateway_svc.openai.tool_calls import ToolCallReader
+from gateway_svc.openai.tools import tool_use
 
 router = APIRouter(route_class=StrictJsonRoute)
 
@@ -39,24 +40,29 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         gateway.check_model(body.model)
         check_supported(body)
         sampling = sampling_of(body)
-        await constrain(gateway, sampling, body)
         options = template_options(body, gateway.settings.trust_request_chat_template)
-        prompt = await gateway.chat_prompt(messages_of(body.messages), "messages", **options)
-        job = gateway.start(call, [spec_of(body, sampling, prompt, call.request_id)])
+        use = tool_use(gateway, body, messages_of(body.messages))
+        if use.form is not None:
+            await gateway.constrain(sampling, *use.form)
+        prompt = await gateway.chat_prompt(use.messages, "messages", tools=use.shown, **options)
+        job = gateway.start(call, [spec_of(body, sampling, prompt, call.request_id, use.marks)])
     except GatewayError as error:
         gateway.finish(call, None, error)
         raise
-    return JobResponse(gateway, call, job, ChatRenderer(gateway, call.request_id, body))
+    return JobResponse(gateway, call, job, ChatRenderer(gateway, call.request_id, body, use.reader))
 
 
 class ChatRenderer:
     """A chat's answer as JSON."""
 
-    def __init__(self, gateway: Gateway, request_id: str, body: ChatRequest) -> None:
+    def __init__(
+        self, gateway: Gateway, request_id: str, body: ChatRequest, tools: ToolCallReader | None
+    ) -> None:
         self._id = f"chatcmpl-{request_id}"
         self._created = int(time.time())
         self._model = gateway.model_name
         self._table = gateway.tokenizer.verbatim
+        self._tools = tools
         self._wants_logprobs = bool(body.logprobs)
         self._wants_ids = bool(body.return_token_ids)
         self._num_prompt_logprobs = body.prompt_logprobs
@@ -69,12 +75,15 @@ class ChatRenderer:
         choices = []
         for place, sample in enumerate(job.samples):
             delta = sample.take()
+            message, reason = replies.Message(delta.text), FINISH_NAMES[sample.finish_reason]
+            if self._tools is not None:
+                message, reason = self._tools.whole(delta.text, reason)
             choices.append(
                 replies.ChatChoice(
                     index=place,
-                    message=replies.Message(delta.text),
+                    message=message,
                     logprobs=self._logprobs(delta),
-                    finish_reason=FINISH_NAMES[sample.finish_reason],
+                    finish_reason=reason,
                     stop_reason=sample.stop_reason,
                     token_ids=delta.token_ids if self._wants_ids else UNSET,
                 )
@@ -103,10 +112,12 @@ class ChatRenderer:
             if is_first:
                 first.prompt_logprobs = self._prompt_logprobs(sample.generation)
             chunks.append(first)
-        if delta.text or reason or ((self._wants_logprobs or self._wants_ids) and delta.token_ids):
-            choice = replies.ChunkChoice(
-                place, replies.ChoiceDelta(None, delta.text), self._logprobs(delta), reason
-            )
+        said = replies.ChoiceDelta(None, delta.text)
+        if self._tools is not None:
+            said, reason = self._tools.delta(sample, delta.text, reason)
+        has_tokens = (self._wants_logprobs or self._wants_ids) and delta.token_ids
+        if said.content or said.tool_calls or reason or has_tokens:
+            choice = replies.ChunkChoice(place, said, self._logprobs(delta), reason)
             if reason:
                 choice.stop_reason = sample.stop_reason
             if self._wants_ids:

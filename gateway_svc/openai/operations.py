@@ -12,6 +12,7 @@ from gateway_svc.openai.params import messages_of, template_options
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of
 from gateway_svc.openai.responses import JsonReply, error_response
 from gateway_svc.openai.schema import DetokenizeRequest, TokenizeRequest
+from gateway_svc.openai.tools import told, tools_of
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 router = APIRouter(route_class=StrictJsonRoute)
@@ -51,7 +52,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         raise InvalidField("prompt", "give either prompt or messages")
     if body.messages is not None:
         options = template_options(body, gateway.settings.trust_request_chat_template)
-        ids = await gateway.tokenizer.encode_chat(messages_of(body.messages), **options)
+        tools = tools_of(body.tools or [])
+        _, messages, shown = told(gateway, messages_of(body.messages), tools, body.chat_template)
+        ids = await gateway.tokenizer.encode_chat(messages, tools=shown, **options)
     else:
         special = True if body.add_special_tokens is None else body.add_special_tokens
         ids = await gateway.tokenizer.encode(body.prompt or "", special)

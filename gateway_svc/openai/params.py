@@ -27,11 +27,6 @@ def check_supported(body: SamplingBody) -> None:
     """Raises NotSupported for what later versions do."""
     if body.use_beam_search:
         raise NotSupported("use_beam_search", "leave it out, or sample with n")
-    if isinstance(body, ChatRequest) and body.tool_choice != "none":
-        if body.tools:
-            raise NotSupported("tools", "leave them out, or set tool_choice to 'none'")
-        if body.tool_choice not in (None, "auto"):
-            raise NotSupported("tool_choice", "only 'none' and 'auto' without tools are")
     if isinstance(body, CompletionRequest):
         if body.suffix:
             raise NotSupported("suffix")
@@ -87,9 +82,13 @@ def _logprobs_of(body: SamplingBody) -> int | None:
 
 
 def spec_of(
-    body: SamplingBody, sampling: pb.SamplingParams, prompt: list[int], request_id: str
+    body: SamplingBody,
+    sampling: pb.SamplingParams,
+    prompt: list[int],
+    request_id: str,
+    seen_tokens: tuple[str, ...] = (),
 ) -> GenerationSpec:
-    """One prompt's request."""
+    """One prompt's request. `seen_tokens` are special tokens that are text, though others are skipped."""
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationSpec(
         request_id=request_id,
@@ -98,6 +97,7 @@ def spec_of(
         stop=check_stops(stops),
         include_stop=body.include_stop_str_in_output,
         skip_special=body.skip_special_tokens,
+        seen_tokens=seen_tokens,
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         drop_output=max_tokens_of(body) == 0,

@@ -75,11 +75,27 @@ class PromptLogprob(msgspec.Struct):
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
-class Message(msgspec.Struct):
-    """A chat's answer."""
+class FunctionCall(msgspec.Struct):
+    """Which function is to be called. `arguments` is JSON, as the model wrote it."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """A call that the model wants to be made."""
+
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
+class Message(msgspec.Struct):
+    """A chat's answer. It may be calls alone."""
+
+    content: str | None
     role: str = "assistant"
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -106,11 +122,28 @@ class ChatCompletion(msgspec.Struct):
     prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    """What is new of a function's call; the name comes first and once."""
+
+    arguments: str
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """What is new of a call; its id and type come first and once."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: str | None = None
+
+
 class ChoiceDelta(msgspec.Struct, omit_defaults=True):
     """What is new of a chat's answer."""
 
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct):

@@ -103,13 +103,67 @@ class ContentPart(Body):
     text: str
 
 
+class CalledFunction(Body):
+    """What was called. Arguments are JSON, or an object."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(Body):
+    """A call that the model wanted to be made."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Body):
-    """One turn. What else it holds (name, tool_calls, ...) is passed to the template."""
+    """One turn. What else it holds (name, ...) is passed to the template."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, description="Calls that the assistant made.")
+    tool_call_id: str | None = Field(None, description="The call that this is the result of.")
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of the arguments' object.")
+    strict: bool | None = Field(None, description="Arguments follow the schema exactly.")
+
+
+class ToolDefinition(Body):
+    """A tool that the model may use: functions are what there is."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Body):
+    """One of the functions of `tools`."""
+
+    name: str
+
+
+class NamedToolChoice(Body):
+    """This function is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatFields(Body):
@@ -128,9 +182,11 @@ class ChatRequest(ChatFields, SamplingBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX, description="Default: all that fit.")
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[Any] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        None, description="Default: auto."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="Several calls at a time; default true.")
 
 
 class CompletionRequest(SamplingBody):
@@ -150,6 +206,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1)
+    tools: list[ToolDefinition] | None = None
     add_special_tokens: bool | None = Field(None, description="Default: for text, not for chats.")
     return_token_strs: bool | None = False
     add_generation_prompt: bool = True

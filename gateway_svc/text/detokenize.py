@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from tokenizers import Tokenizer
 
@@ -26,17 +26,18 @@ def byte_alphabet() -> dict[str, int]:
 class TokenBytes(dict[int, bytes]):
     """The bytes of each token, worked out when it is first seen.
 
-    Special tokens are empty if `skip_special`. Ids that the tokenizer does not know (a model's vocabulary
-    may be padded) are empty too, as in a decode of the whole.
+    Special tokens are empty if `skip_special`, but for those in `seen`. Ids that the tokenizer does not know
+    (a model's vocabulary may be padded) are empty too, as in a decode of the whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, seen: Collection[str] = ()) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._byte_level = _is_byte_level(tokenizer)
         self._alphabet = byte_alphabet() if self._byte_level else {}
         self._added = tokenizer.get_added_tokens_decoder()
         self._skip_special = skip_special
+        self._seen = frozenset(seen)
 
     def __missing__(self, token_id: int) -> bytes:
         data = self._lookup(token_id)
@@ -45,7 +46,7 @@ class TokenBytes(dict[int, bytes]):
 
     def _lookup(self, token_id: int) -> bytes:
         added = self._added.get(token_id)
-        if added is not None and added.special and self._skip_special:
+        if added is not None and added.special and self._skip_special and added.content not in self._seen:
             return b""
         token = self._tokenizer.id_to_token(token_id)
         if token is None:

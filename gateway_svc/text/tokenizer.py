@@ -87,7 +87,10 @@ class ModelTokenizer:
         self._backend = hf.backend_tokenizer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenizer")
         self.visible = TokenBytes(self._backend, skip_special=True)
+        self._tables: dict[tuple[str, ...], TokenBytes] = {(): self.visible}
         self.verbatim = TokenBytes(self._backend, skip_special=False)
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = {token.content: i for i, token in added.items() if token.special}
         # In characters, as it is spelt in the vocabulary.
         self.longest_token = max(map(len, self._backend.get_vocab()), default=1)
 
@@ -99,7 +102,7 @@ class ModelTokenizer:
     @property
     def special_ids(self) -> list[int]:
         """Tokens that no text makes."""
-        return [i for i, token in self._backend.get_added_tokens_decoder().items() if token.special]
+        return list(self._special_ids.values())
 
     @property
     def eos_id(self) -> int | None:
@@ -119,6 +122,33 @@ class ModelTokenizer:
         """The model's template for chats; None where it has none, or several."""
         template = self._hf.chat_template
         return template if isinstance(template, str) else None
+
+    def template_in_use(self, chat_template: str | None, has_tools: bool) -> str:
+        """The template that a chat is rendered with, given the request's own, if any; empty without one."""
+        if chat_template is None and self._hf.chat_template is None:
+            return ""
+        try:
+            tools: list[dict[str, Any]] | None = [{}] if has_tools else None
+            return str(self._hf.get_chat_template(chat_template, tools))
+        except ValueError:  # several, and no default among them
+            return ""
+
+    def has_token(self, text: str) -> bool:
+        """Whether this text is one token."""
+        return self._backend.token_to_id(text) is not None
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token of this text, if there is one."""
+        return self._special_ids.get(text)
+
+    def table(self, skip_special: bool, seen: tuple[str, ...] = ()) -> TokenBytes:
+        """The bytes of tokens in an answer. Special ones may be skipped, but for those in `seen`."""
+        if not skip_special:
+            return self.verbatim
+        seen = tuple(text for text in seen if text in self._special_ids)
+        if seen not in self._tables:
+            self._tables[seen] = TokenBytes(self._backend, skip_special=True, seen=seen)
+        return self._tables[seen]
 
     def special_token(self, role: str) -> str | None:
         """The text of the special token in this role ("eos_token", "bos_token", ...), if there is one."""
@@ -142,8 +172,9 @@ class ModelTokenizer:
         add_special_tokens: bool = False,
         chat_template: str | None = None,
         variables: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
-        """Token ids of a chat, through the model's template or the one given.
+        """Token ids of a chat, through the model's template or the one given, which may tell of tools.
 
         Raises:
             InvalidField: there is no template, or it does not take these messages.
@@ -152,6 +183,7 @@ class ModelTokenizer:
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "chat_template": chat_template,
+            "tools": tools,
             **(variables or {}),
         }
 

@@ -18,6 +18,19 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"
 USER = [{"role": "user", "content": "hi"}]
 
 NOT_A_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "foo"}}}
+BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "strange"}}}
+UNMET = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+
+
+def function(name: str, parameters: Any = None, strict: bool = False) -> dict[str, Any]:
+    """A tool."""
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}}
+
+
+def named(name: str) -> dict[str, Any]:
+    """A choice of a tool."""
+    return {"type": "function", "function": {"name": name}}
+
 
 # route, body, param: each is a 400.
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -75,8 +88,29 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "response_format.json_schema.schema",
     ),
     (CHAT, {"messages": USER, "response_format": NOT_A_SCHEMA}, "response_format.json_schema.schema"),
-    (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, {"messages": USER, "tools": [{"type": "search", "function": {"name": "f"}}]}, "tools[0].type"),
+    (CHAT, {"messages": USER, "tools": [function("no spaces")]}, "tools[0].function.name"),
+    (CHAT, {"messages": USER, "tools": [function("f"), function("f")]}, "tools[1].function.name"),
+    (CHAT, {"messages": USER, "tools": [function("f", [])]}, "tools[0].function.parameters"),
+    (CHAT, {"messages": USER, "tools": [function("f", {"type": "array"})]}, "tools[0].function.parameters"),
+    (CHAT, {"messages": USER, "tools": [function("f", BAD_SCHEMA)]}, "tools[0].function.parameters"),
+    (CHAT, {"messages": USER, "tools": [function("f", UNMET, True)]}, "tools[0].function.parameters"),
+    (CHAT, {"messages": USER, "tools": [function("f")], "tool_choice": "always"}, "tool_choice"),
+    (CHAT, {"messages": USER, "tools": [function("f")], "tool_choice": named("g")}, "tool_choice"),
+    (
+        CHAT,
+        {"messages": USER, "tools": [function("f")], "tool_choice": {"type": "function"}},
+        "tool_choice.function",
+    ),
     (CHAT, {"messages": USER, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": USER, "tools": [], "tool_choice": named("f")}, "tool_choice"),
+    (CHAT, {"messages": USER, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    (
+        CHAT,
+        {"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
+        "messages[1].tool_calls[0].function.name",
+    ),
     (CHAT, {"messages": USER, "use_beam_search": True}, "use_beam_search"),
     (CHAT, {"messages": USER, "structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
     (CHAT, {"messages": USER, "structured_outputs": {"json": "{"}}, "structured_outputs.json"),

@@ -61,6 +61,9 @@ def serve(
     ] = None,
     processes: Annotated[Number, typer.Option(min=1, help="Gateway processes that share its ports.")] = None,
     served_model_name: Annotated[Text, typer.Option(help="Name that clients ask for.")] = None,
+    tool_call_parser: Annotated[
+        Text, typer.Option(help="How the model writes calls: auto, hermes, llama3, mistral or json.")
+    ] = None,
     max_inflight: Annotated[Number, typer.Option(help="Steps sent ahead of their results; 1 is off.")] = None,
     horizon_ms: Annotated[
         Decimal, typer.Option(help="Device time that one step may cover; 0 is off.")
@@ -131,7 +134,7 @@ def _spec(given: dict[str, Any]) -> Any:
         + {None: (), True: ("--prefix-cache",), False: ("--no-prefix-cache",)}[given["prefix_cache"]],
         worker_args=flags("served_model_name", "max_batched_tokens", "block_size", "num_blocks")
         + flags("gpu_memory_utilization", "max_slots", "max_model_len", "threads"),
-        gateway_args=flags("served_model_name", "processes"),
+        gateway_args=flags("served_model_name", "processes", "tool_call_parser"),
     )
 
 
