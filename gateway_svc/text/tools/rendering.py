@@ -49,16 +49,13 @@ def render_tools(
 
 
 def _readable(message: Message) -> Message:
-    """A message whose calls have objects for arguments, where they are JSON of objects."""
-    if "tool_calls" not in message:
-        return message
+    """A copy of a message, in which calls have objects for arguments, where they are JSON of objects."""
+    shown = {key: value for key, value in message.items() if key != "tool_calls"}
     calls = []
-    for call in message["tool_calls"]:
-        function = dict(call["function"])
-        function["arguments"] = _as_object(function["arguments"])
-        calls.append(call | {"function": function})
-    rest = {key: value for key, value in message.items() if key != "tool_calls"}
-    return rest | {"tool_calls": calls} if calls else rest
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        calls.append(call | {"function": function | {"arguments": _as_object(function["arguments"])}})
+    return shown | {"tool_calls": calls} if calls else shown
 
 
 def _as_object(arguments: Any) -> Any:
@@ -77,12 +74,12 @@ def _as_object(arguments: Any) -> Any:
 def _name_results(messages: Sequence[Message]) -> None:
     """Some templates want the function's name with a result, which OpenAI's API has only in the call."""
     names: dict[str, str] = {}
-    for place, message in enumerate(messages):
+    for message in messages:
         for call in message.get("tool_calls", ()):
             names[call.get("id", "")] = call["function"]["name"]
         name = names.get(message.get("tool_call_id", ""))
         if message["role"] == "tool" and name is not None and "name" not in message:
-            messages[place]["name"] = name
+            message["name"] = name
 
 
 def _shorten_ids(messages: Sequence[Message]) -> None:
