@@ -22,6 +22,9 @@ from gateway_svc.server import GatewayServer
 from tests.unit.gateway.conftest import MODEL, ids_of, model_tokenizer, until
 from tests.unit.gateway.fake_scheduler import FakeScheduler
 
+# What is said to everybody. It is a call for those who have such a tool.
+CALL = '{"name": "look", "arguments": {}}'
+
 
 @pytest.fixture(scope="module")
 def base_url() -> Iterator[str]:
@@ -35,7 +38,7 @@ def base_url() -> Iterator[str]:
     async def start() -> None:
         nonlocal fake, server
         fake = FakeScheduler()
-        fake.script = lambda request, index: [*ids_of("Hello 世界"), 2]
+        fake.script = lambda request, index: [*ids_of(f"Hello 世界\n{CALL}"), 2]
         await fake.start()
         options: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "grace_s": 0}
         gateway_settings = GatewaySettings(scheduler=fake.address, served_model_name=MODEL, **options)
@@ -111,6 +114,18 @@ def test_streams_are_documented(api: schemathesis.BaseSchema, path: str, body: d
     )
     response = case.call_and_validate(checks=CHECKS)
     assert response.headers["content-type"][0].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_are_documented(api: schemathesis.BaseSchema, stream: bool) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+        "stream": stream,
+    }
+    case = api["/v1/chat/completions"]["POST"].Case(body=body, media_type="application/json")
+    response = case.call_and_validate(checks=CHECKS)
+    assert b'"tool_calls":[{' in response.content
 
 
 def test_the_surface_is_all_there(base_url: str) -> None:

@@ -185,6 +185,8 @@ def test_a_text_that_is_cut_off(form: ToolFormat, calls: list[tuple[str, Any]], 
     events = events_of(form, text[: cut % len(text)])
     ends = [event.how for event in events if isinstance(event, CallEnded)]
     assert ends[:-1] == [Ending.WHOLE] * len(ends[:-1])
+    if ends and ends[-1] is Ending.CUT:
+        assert content_of(events) == ""
     told = [event.text for event in events if isinstance(event, Arguments)]
     for how, arguments, call in zip(ends, told, written, strict=False):
         assert call.arguments == arguments if how is Ending.WHOLE else call.arguments.startswith(arguments)
@@ -253,3 +255,4 @@ def test_text_around_calls() -> None:
     assert content_of(events_of(HERMES, f"\n{call}\n\n{call}\n ")) == ""
     assert content_of(events_of(HERMES, f"Let me see.\n\n{call}\nDone. \n")) == "Let me see.\n\nDone."
     assert content_of(events_of(HERMES, f"{call}\nDone.")) == "Done."
+    assert content_of(events_of(HERMES, call[:-3])) == "", "cut off in the closer"

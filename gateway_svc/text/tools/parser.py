@@ -90,7 +90,7 @@ class ToolCallParser:
             if space := self._skip(_WHITE):
                 fresh = fresh or "\n" in space
                 self._space += space
-            elif closer and (yield from self._next_is(closer)):
+            elif closer and (yield from self._next_is(closer, may_be_cut=True)):
                 closer = ""
             else:
                 opened = yield from self._open(fresh, after_call)
@@ -329,12 +329,12 @@ class ToolCallParser:
         match = self._run.match(self._text, self._start)
         self._at = self._start + (len(match.group().rstrip()) if match else 0)
 
-    def _next_is(self, text: str) -> Asks:
-        """Whether this comes next; it is read then."""
+    def _next_is(self, text: str, may_be_cut: bool = False) -> Asks:
+        """Read this if it comes next; whether it did. If it `may_be_cut`, the text may end within it."""
         while True:
             piece = self._text[self._at : self._at + len(text)]
-            if piece == text:
-                self._at += len(text)
+            if piece == text or (may_be_cut and self._ended and text.startswith(piece)):
+                self._at += len(piece)
                 return True
             if not text.startswith(piece) or self._ended:
                 return False
