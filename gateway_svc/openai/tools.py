@@ -67,10 +67,19 @@ def tools_of(definitions: list[ToolDefinition]) -> list[Tool]:
             raise InvalidField(f"{field}.name", f"is {function.name!r}, as of a tool before it")
         if function.parameters is not None:
             check_parameters(function.parameters, f"{field}.parameters")
-        shown = definition.model_dump(exclude_none=True)
-        shown["function"].pop("strict", None)
-        tools.append(Tool(function.name, function.parameters, bool(function.strict), shown, field))
+        tools.append(
+            Tool(function.name, function.parameters, bool(function.strict), _shown(definition), field)
+        )
     return tools
+
+
+def _shown(definition: ToolDefinition) -> dict[str, Any]:
+    """A tool for chat templates, of which some take it for granted that nothing is missing."""
+    shown = definition.model_dump(exclude_none=True)
+    function = {"name": definition.function.name, "description": "", **shown["function"]}
+    function.setdefault("parameters", {"type": "object", "properties": {}})
+    function.pop("strict", None)
+    return shown | {"function": function}
 
 
 def _check_choice(body: ChatRequest, tools: list[Tool]) -> None:

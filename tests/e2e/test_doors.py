@@ -100,6 +100,10 @@ def test_langchain(running: Cluster, tmp_path: Path) -> None:
     assert said["abatch"] == [ANSWER] * 3
     assert "".join(entry["token"] for entry in said["logprobs"][:-1]) == ANSWER
     assert all(len(entry["top_logprobs"]) == 2 for entry in said["logprobs"])
+    tools = said["tools"]
+    assert tools["call"] == tools["call_stream"] == [["get_weather", {"city": "Paris"}]]
+    assert tools["call_finish"] == "tool_calls" and "31" in tools["told"]
+    assert set(tools["place"]) == {"city", "country"}
     assert said["completion"].startswith(" Paris")
     assert said["completion_batch"] == [said["completion"]] * 2
     assert "".join(said["completion_stream"]) == said["completion"]
@@ -119,6 +123,8 @@ def test_litellm(running: Cluster, tmp_path: Path) -> None:
     assert said["usage"]["completion_tokens"] == said["stream_usage"]["completion_tokens"] == num_tokens
     assert said["usage"]["prompt_tokens"] == said["stream_usage"]["prompt_tokens"]
     assert said["acompletion"] == [ANSWER] * 3
+    for calls in (said["calls"], said["calls_as_vllm"]):
+        assert calls and all(name == "get_weather" and set(json.loads(of)) == {"city"} for name, of in calls)
     assert said["text"].startswith(" Paris") and "".join(said["text_stream"]) == said["text"]
     assert said["text_usage"]["prompt_tokens"] == len(tokenizer().encode(PROMPT))
     assert (said["bad_value"]["type"], said["bad_value"]["status"]) == ("BadRequestError", 400)

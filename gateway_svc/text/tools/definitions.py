@@ -26,7 +26,7 @@ class Tool:
     parameters: dict[str, Any] | None
     # Whether arguments are to follow the schema exactly.
     strict: bool
-    # What the chat template gets: what the client sent.
+    # What the chat template gets.
     definition: dict[str, Any]
     # The place of its definition in the request.
     field: str

@@ -1,6 +1,6 @@
 """What people do with LangChain, against the gateway; the answers as JSON. Runs in .venv-doors/sdks.
 
-    python langchain_calls.py http://127.0.0.1:8000 MODEL
+python langchain_calls.py http://127.0.0.1:8000 MODEL
 """
 
 from __future__ import annotations
@@ -10,12 +10,49 @@ import json
 import sys
 from typing import Any
 
+from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 
 QUESTION = "What is the capital of France?"
 PROMPT = "The capital of France is"
+
+
+class Place(BaseModel):
+    """A city and its country."""
+
+    city: str
+    country: str
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Get the current weather of a city."""
+    return f"It is 31 degrees in {city}."
+
+
+def with_tools(chat: ChatOpenAI) -> dict[str, Any]:
+    """A call, the same in pieces, what the model says of its result, and an answer of a certain class."""
+    asked = HumanMessage("What is the weather in Paris?")
+    caller = chat.bind_tools([get_weather], tool_choice="get_weather")
+    call = caller.invoke([asked])
+    chunks = list(caller.stream([asked]))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole = whole + chunk
+    results = [ToolMessage(get_weather.invoke(c["args"]), tool_call_id=c["id"]) for c in call.tool_calls]
+    told = chat.bind_tools([get_weather], tool_choice="none").invoke([asked, call, *results])
+    place = chat.with_structured_output(Place, method="function_calling").invoke("Where is the Eiffel Tower?")
+    return {
+        "call": [(c["name"], c["args"]) for c in call.tool_calls],
+        "call_finish": call.response_metadata["finish_reason"],
+        "call_stream": [(c["name"], c["args"]) for c in whole.tool_calls],
+        "told": told.text,
+        "place": place.model_dump(),
+    }
 
 
 async def several(chat: ChatOpenAI) -> tuple[list[str], list[str]]:
@@ -48,6 +85,7 @@ def main(url: str, model: str) -> dict[str, Any]:
         "logprobs": scored.response_metadata["logprobs"]["content"],
         "abatch": batch,
         "astream": pieces,
+        "tools": with_tools(ChatOpenAI(max_tokens=100, max_retries=0, **server)),
         "completion": text.invoke(PROMPT),
         "completion_stream": list(text.stream(PROMPT)),
         "completion_batch": [generation[0].text for generation in generated.generations],

@@ -1,6 +1,6 @@
 """What people do with LiteLLM, against the gateway; the answers as JSON. Runs in .venv-doors/sdks.
 
-    LITELLM_LOCAL_MODEL_COST_MAP=True python litellm_calls.py http://127.0.0.1:8000 MODEL
+LITELLM_LOCAL_MODEL_COST_MAP=True python litellm_calls.py http://127.0.0.1:8000 MODEL
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import litellm
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPT = "The capital of France is"
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY}}]
 
 
 async def several(chat: dict[str, Any]) -> list[str]:
@@ -29,6 +31,12 @@ def refused(**options: Any) -> dict[str, Any]:
     except (litellm.BadRequestError, litellm.NotFoundError) as error:
         return {"type": type(error).__name__, "status": error.status_code, "text": str(error)}
     raise AssertionError(f"{options} was not refused")
+
+
+def tool_calls(**options: Any) -> list[tuple[str, str]]:
+    """Names and arguments of the calls that an answer must be."""
+    answer = litellm.completion(messages=MESSAGES, tools=TOOLS, tool_choice="required", **options)
+    return [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
 
 
 def main(url: str, model: str) -> dict[str, Any]:
@@ -51,6 +59,8 @@ def main(url: str, model: str) -> dict[str, Any]:
         "stream_usage": chunks[-1].usage.model_dump(),
         "acompletion": asyncio.run(several(chat)),
         "as_vllm": litellm.completion(messages=MESSAGES, top_k=1, **vllm).choices[0].message.content,
+        "calls": tool_calls(**{**chat, "max_tokens": 200}),
+        "calls_as_vllm": tool_calls(**{**vllm, "max_tokens": 200}),
         "text": completion.choices[0].text,
         "text_usage": completion.usage.model_dump(),
         "text_stream": [piece.choices[0].text or "" for piece in pieces],
