@@ -115,7 +115,7 @@ def test_turns_with_results(sdk: openai.OpenAI) -> None:
     assert calls_in(choice) == [("get_weather", PARIS)]
     assert choice.message.tool_calls is not None
     result = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "It is 31 degrees."}
-    messages = [*REPEAT, choice.message, result]
+    messages = [*ASK, choice.message, result]
     (answer,) = sdk.chat.completions.create(
         messages=messages, tools=TOOLS, tool_choice="none", **GREEDY
     ).choices

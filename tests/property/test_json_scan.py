@@ -20,6 +20,7 @@ JSON = st.recursive(
 # Mostly JSON's own characters, so that much of what is drawn is nearly JSON.
 NEARLY = st.text(alphabet='{}[],:"\\ \n\t0123456789.-+eEtruefalsn/bu\x01é', max_size=24)
 
+END = "\0"  # what no JSON has, anywhere
 CUTS = st.lists(st.integers(0, 10_000), max_size=6)
 
 
@@ -50,14 +51,14 @@ def test_a_value_ends_where_it_ends(
     value: Any, ascii_only: bool, indent: int | None, cuts: list[int], rest: str
 ) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
-    scanner, stopped = scan(text + "]" + rest, cuts)
+    scanner, stopped = scan(text + END + rest, cuts)
     assert scanner.ended and stopped == len(text)
 
 
 @given(NEARLY, CUTS)
 def test_what_is_taken_is_json(text: str, cuts: list[int]) -> None:
-    whole, at = scan(text + "]", [])
-    cut, cut_at = scan(text + "]", cuts)
+    whole, at = scan(text + END, [])
+    cut, cut_at = scan(text + END, cuts)
     assert (whole.ended, whole.failed, at) == (cut.ended, cut.failed, cut_at)
     assert whole.ended or whole.failed or not python_takes(text)
     if whole.ended:

@@ -101,10 +101,11 @@ def _as_text(messages: Iterable[Message], form: ToolFormat) -> Iterable[Message]
     results: list[str] = []
     for message in messages:
         if message["role"] == "tool":
-            results.append(f"<tool_response>\n{message['content']}\n</tool_response>")
+            # Small models repeat what stands in tags, and answer what is said in words.
+            results.append(f"The result of {message.get('name', 'the call')} is:\n{message['content']}")
             continue
         if results:
-            yield {"role": "user", "content": "\n".join(results)}
+            yield {"role": "user", "content": "\n\n".join(results)}
             results = []
         if "tool_calls" in message:
             written = form.write([_written(call["function"]) for call in message["tool_calls"]])
@@ -113,7 +114,7 @@ def _as_text(messages: Iterable[Message], form: ToolFormat) -> Iterable[Message]
         else:
             yield message
     if results:
-        yield {"role": "user", "content": "\n".join(results)}
+        yield {"role": "user", "content": "\n\n".join(results)}
 
 
 def _written(function: dict[str, Any]) -> WrittenCall:

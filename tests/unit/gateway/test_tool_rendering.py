@@ -113,8 +113,8 @@ def test_a_template_without_tools() -> None:
         f'<tool_call>\n{{"name": "get_weather", "arguments": {a}}}\n</tool_call>'
         for a in ('{"city": "é"}', "{}")
     ]
-    result = "<tool_response>\nsunny\n</tool_response>"
-    assert rest == f"And Paris?<assistant>Wait.\n{calls[0]}\n{calls[1]}<user>{result}\n{result}"
+    result = "The result of get_weather is:\nsunny"
+    assert rest == f"And Paris?<assistant>Wait.\n{calls[0]}\n{calls[1]}<user>{result}\n\n{result}"
     bare = render(CHATML, turns(called("a", "{}")), LLAMA3)
     assert '<assistant>{"name": "get_weather", "parameters": {}}<user>' in bare
 

@@ -227,7 +227,7 @@ async def test_results_go_back(sdk: Any, fake: FakeScheduler) -> None:
     answer = await sdk.chat.completions.create(**body(messages=turns))
     assert answer.choices[0].message.content == "It is sunny."
     end = prompt_of(fake).partition("Paris?<|im_end|>\n")[2]
-    results = "<tool_response>\nr0\n</tool_response>\n<tool_response>\nr1\n</tool_response>"
+    results = "The result of get_weather is:\nr0\n\nThe result of now is:\nr1"
     said = SAID.replace('"now"}', '"now", "arguments": {}}')
     assert end == (
         f"<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>user\n{results}<|im_end|>\n<|im_start|>assistant\n"
