@@ -98,9 +98,9 @@ async def test_preemption_in_the_middle_of_a_prompt(monkeypatch: pytest.MonkeyPa
     half_told = []
     preempt = planner._preempt
 
-    def watched(worker: Worker, group: Group, stats: Stats) -> None:
+    def watched(worker: Worker, group: Group, stats: Stats, now: float) -> None:
         half_told.append(1 < group.next_logprob < group.num_prompt)
-        preempt(worker, group, stats)
+        preempt(worker, group, stats, now)
 
     monkeypatch.setattr(planner, "_preempt", watched)
     async with local_scheduler(CoreConfig(max_batched_tokens=20)) as local:

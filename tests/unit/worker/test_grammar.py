@@ -13,6 +13,7 @@ import torch
 from gateway_svc.text.grammars import choice_grammar, json_schema_grammar, regex_grammar
 from gpu_worker.executor import DeviceExecutor
 from gpu_worker.metrics import WorkerMetrics
+from gpu_worker.spans import RowSpans
 from kernels.sample import allow
 from pagoda.internal.v1 import worker_pb2
 from tests.support.grammars import EOS, Judge, tiny_vocabulary
@@ -213,8 +214,9 @@ def test_steps_ahead_of_their_results(device, judge, depth):
     results: queue.SimpleQueue = queue.SimpleQueue()
     failures: queue.SimpleQueue = queue.SimpleQueue()
     executor = DeviceExecutor(
-        device.runner, device.stager, WorkerMetrics("m", "g"), results.put, failures.put, device.place
-    )
+        device.runner, device.stager, WorkerMetrics("m", "g"), results.put, failures.put, device.place,
+        RowSpans(None, "g", 0),
+    )  # fmt: skip
     executor.start()
     try:
         executor.reset(1)
