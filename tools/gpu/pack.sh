@@ -19,11 +19,12 @@ PINS=(
   pydantic==2.14.3 pydantic-core==2.50.4 pydantic-settings==2.16.3 annotated-types==0.8.0
   typing-inspection==0.4.5 typing-extensions==4.16.0 python-dotenv==1.2.4 structlog==26.1.0 msgspec==0.22.0
   fastapi==0.165.0 starlette==1.10.0 uvicorn==0.54.0 httptools==0.9.0 gguf==0.19.0
-  opentelemetry-api==1.45.2
+  opentelemetry-api==1.45.2 llguidance==1.9.1 jsonschema-rs==0.60.3
 )
 if [ ! -f .gpu/wheels/.complete ]; then
   $PY -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
-    --implementation cp --abi cp312 --abi abi3 --abi none --platform manylinux_2_28_x86_64 \
+    --implementation cp --abi cp312 --abi abi3 --abi none --platform manylinux_2_31_x86_64 \
+    --platform manylinux_2_28_x86_64 \
     --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
     --platform manylinux_2_5_x86_64 -d .gpu/wheels "${PINS[@]}"
   touch .gpu/wheels/.complete
