@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 import pagoda
 from pagoda.models import EMBEDDED_MODEL as MODEL
-from tests.support.cluster import Cluster, cluster
+from tests.support.cluster import Cluster
 from tests.support.data import tokenizer
 
 pytestmark = pytest.mark.timeout(600)
@@ -26,20 +25,6 @@ QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 ANSWER = "The capital of France is Paris."
 PROMPT = "The capital of France is"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Cluster]:
-    """All three services, exact enough for a known answer."""
-    with cluster(dtype="float32", worker_args=("--num-blocks", "512"), gateway_args=()) as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
-def sdk(running: Cluster) -> Iterator[openai.OpenAI]:
-    """OpenAI's SDK as its users set it up for another server."""
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        yield client
 
 
 # ------------------------------------------------------------------------------------------ OpenAI's SDK

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -59,20 +59,6 @@ class City(BaseModel):
     name: str = Field(max_length=30)
     is_capital: bool
     population: int
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Cluster]:
-    """All three services, exact enough for one greedy output."""
-    with cluster(dtype="float32", worker_args=("--num-blocks", "512"), gateway_args=()) as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
-def sdk(running: Cluster) -> Iterator[openai.OpenAI]:
-    """OpenAI's SDK."""
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

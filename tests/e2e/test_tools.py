@@ -7,7 +7,6 @@ What must be a call is one whatever the model would have liked.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema_rs
@@ -15,7 +14,6 @@ import openai
 import pytest
 
 from pagoda.models import EMBEDDED_MODEL as MODEL
-from tests.support.cluster import Cluster, cluster
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -36,20 +34,6 @@ PARIS = '{"city": "Paris"}'
 CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>'
 REPEAT: list[Any] = [{"role": "user", "content": f"Repeat this text:\n{CALL}"}]
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Cluster]:
-    """All three services, exact enough for a known answer."""
-    with cluster(dtype="float32", worker_args=("--num-blocks", "512"), gateway_args=()) as services:
-        yield services
-
-
-@pytest.fixture(scope="module")
-def sdk(running: Cluster) -> Iterator[openai.OpenAI]:
-    """OpenAI's SDK as its users set it up for another server."""
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        yield client
 
 
 def calls_in(choice: Any) -> list[tuple[str, str]]:
