@@ -6,7 +6,7 @@
 Every step's device and idle time stand in the record as the worker measured them. Steps with more tokens than
 rows are steps of prompts; the others are decodes, by the power of two that their rows reach. Seconds are of
 the record's clock, from its first step on; the runs in a record (the device was idle for 50 ms between them)
-are told apart.
+are told apart. Idle is how long the device waited for a step after the one before it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,12 @@ def show(run: list[Step], origin: float) -> None:
         iterations = sum(s.iterations for s in same)
         rows = sum(s.rows * s.iterations for s in same) / iterations
         tokens = sum(s.tokens * s.iterations for s in same)
+        idle_us = sorted(s.idle_us for s in same if s is not run[0])  # before it, there was nothing to do
+        waits = [idle_us[int(share * (len(idle_us) - 1))] for share in (0.5, 0.99)] if idle_us else [0, 0]
         print(
             f"   {name:24} {iterations:6} iterations {ms / 1e3:8.3f} s {ms / iterations:8.3f} ms each, "
-            f"{rows:7.1f} rows, {tokens / iterations:8.1f} tokens, {tokens / ms:8.1f} tokens/ms"
+            f"{rows:7.1f} rows, {tokens / iterations:8.1f} tokens, {tokens / ms:8.1f} tokens/ms, "
+            f"idle p50 {waits[0]} us, p99 {waits[1]} us"
         )
 
 

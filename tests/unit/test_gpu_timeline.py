@@ -58,3 +58,5 @@ def test_runs_and_kinds_of_steps(tmp_path: Path, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith("from 0.0 s: 3 steps") and shown[0].endswith("315 tokens")
     assert shown[1].split()[0] == "prompts" and shown[2].split()[:5] == ["decodes,", "<=", "4", "rows", "5"]
+    assert shown[1].endswith("idle p50 0 us, p99 0 us"), "before the first step there was nothing to do"
+    assert shown[2].endswith("idle p50 10 us, p99 10 us")

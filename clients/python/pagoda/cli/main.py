@@ -43,6 +43,9 @@ def serve(
     ] = None,
     device: Annotated[Text, typer.Option(help="cpu or cuda.")] = None,
     dtype: Annotated[Text, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    model_impl: Annotated[
+        Text, typer.Option(help="Whose layers to run: auto, native or transformers.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes; on a CPU they share its cores.")] = 1,
     host: Annotated[
         str, typer.Option(help="Address of the gateway; others than loopback want a token.")
@@ -67,6 +70,10 @@ def serve(
     max_inflight: Annotated[Number, typer.Option(help="Steps sent ahead of their results; 1 is off.")] = None,
     horizon_ms: Annotated[
         Decimal, typer.Option(help="Device time that one step may cover; 0 is off.")
+    ] = None,
+    stall_ms: Annotated[
+        Decimal,
+        typer.Option(help="How long prompts may make running streams wait for a step; 0 is no limit."),
     ] = None,
     max_batched_tokens: Annotated[
         Number, typer.Option(help="Token budget of one iteration, for scheduler and workers.")
@@ -130,9 +137,10 @@ def _spec(given: dict[str, Any]) -> Any:
         **{name: given[name] for name in same},
         common_args=flags("config", "log_level", "metrics_alias", "otlp_traces_endpoint")
         + (("--insecure",) if given["insecure"] else ()),
-        scheduler_args=flags("max_inflight", "horizon_ms", "max_batched_tokens", "max_waiting", "record")
+        scheduler_args=flags("max_inflight", "horizon_ms", "stall_ms", "max_batched_tokens", "max_waiting")
+        + flags("record")
         + {None: (), True: ("--prefix-cache",), False: ("--no-prefix-cache",)}[given["prefix_cache"]],
-        worker_args=flags("served_model_name", "max_batched_tokens", "block_size", "num_blocks")
+        worker_args=flags("served_model_name", "model_impl", "max_batched_tokens", "block_size", "num_blocks")
         + flags("gpu_memory_utilization", "max_slots", "max_model_len", "threads"),
         gateway_args=flags("served_model_name", "processes", "tool_call_parser"),
     )
