@@ -28,6 +28,10 @@ SCORES = 1 << 26
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class CannotAttend(Exception):
+    """A module asks for what attention over pages of many rows cannot give; such a model runs row by row."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """Goes through transformers' modules in a mask's place: batch, head, q, k -> whether q sees k."""
@@ -74,13 +78,13 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """[1, T, heads, dims] of queries [1, heads, T, dims]; keys and values are in the pages already."""
     if not isinstance(attention_mask, Mask):
-        raise NotImplementedError("it makes masks of its own, which say nothing of rows in pages")
+        raise CannotAttend("it makes masks of its own, which say nothing of rows in pages")
     if position_bias is not None:
-        raise NotImplementedError("it adds position biases to the scores")
+        raise CannotAttend("it adds position biases to the scores")
     batch = _current.get()
     pages = batch.row.updated
     if pages is None:
-        raise NotImplementedError("its attention stores no keys and values")
+        raise CannotAttend("its attention stores no keys and values")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     plain = attention_mask.rule is causal_mask_function and not softcap and s_aux is None
