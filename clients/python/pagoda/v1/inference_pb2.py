@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pagoda.v1 import scheduler_pb2 as pagoda_dot_v1_dot_scheduler__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagoda/v1/inference.proto\x12\tpagoda.v1\x1a\x19pagoda/v1/scheduler.proto\"\xcc\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.pagoda.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.pagoda.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pagoda.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\"\n\x1ainclude_stop_str_in_output\x18\x07 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x15\n\x08priority\x18\n \x01(\x05H\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12(\n\x06resume\x18\x0c \x03(\x0b\x32\x18.pagoda.v1.ResumedSample\x12\x36\n\x11structured_output\x18\r \x01(\x0b\x32\x1b.pagoda.v1.StructuredOutputB\x08\n\x06promptB\x16\n\x14_skip_special_tokensB\x0b\n\t_priority\"\x92\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x12.pagoda.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"P\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.pagoda.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb3\x02\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.pagoda.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.pagoda.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x06 \x01(\t\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.pagoda.v1.Usage\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x30\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x17.pagoda.v1.TokenLogprob\x12\x18\n\x10prompt_token_ids\x18\n \x03(\r\"Z\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.pagoda.v1.ChatH\x00\x42\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.pagoda.v1.ModelInfo\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.pagoda.v1.ModelInfo2\xae\x02\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.pagoda.v1.GenerateRequest\x1a\x1b.pagoda.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.pagoda.v1.TokenizeRequest\x1a\x1b.pagoda.v1.TokenizeResponse\x12\x43\n\x08GetModel\x12\x1a.pagoda.v1.GetModelRequest\x1a\x1b.pagoda.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.pagoda.v1.ListModelsRequest\x1a\x1d.pagoda.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19pagoda/v1/inference.proto\x12\tpagoda.v1\x1a\x19pagoda/v1/scheduler.proto\"\xee\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.pagoda.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.pagoda.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.pagoda.v1.SamplingParams\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\"\n\x1ainclude_stop_str_in_output\x18\x07 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x15\n\x08priority\x18\n \x01(\x05H\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x0b \x01(\t\x12(\n\x06resume\x18\x0c \x03(\x0b\x32\x18.pagoda.v1.ResumedSample\x12\x36\n\x11structured_output\x18\r \x01(\x0b\x32\x1b.pagoda.v1.StructuredOutput\x12\x14\n\x07\x62\x65st_of\x18\x0e \x01(\rH\x03\x88\x01\x01\x42\x08\n\x06promptB\x16\n\x14_skip_special_tokensB\x0b\n\t_priorityB\n\n\x08_best_of\"\x92\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12$\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x12.pagoda.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"P\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.pagoda.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd1\x02\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.pagoda.v1.TokenLogprob\x12.\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x17.pagoda.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x06 \x01(\t\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.pagoda.v1.Usage\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x30\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x17.pagoda.v1.TokenLogprob\x12\x18\n\x10prompt_token_ids\x18\n \x03(\r\x12\x12\n\x05score\x18\x0b \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_score\"Z\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.pagoda.v1.ChatH\x00\x42\x07\n\x05input\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.pagoda.v1.ModelInfo\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.pagoda.v1.ModelInfo2\xae\x02\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.pagoda.v1.GenerateRequest\x1a\x1b.pagoda.v1.GenerateResponse0\x01\x12\x43\n\x08Tokenize\x12\x1a.pagoda.v1.TokenizeRequest\x1a\x1b.pagoda.v1.TokenizeResponse\x12\x43\n\x08GetModel\x12\x1a.pagoda.v1.GetModelRequest\x1a\x1b.pagoda.v1.GetModelResponse\x12I\n\nListModels\x12\x1c.pagoda.v1.ListModelsRequest\x1a\x1d.pagoda.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pagoda.v1.inference_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=68
-  _globals['_GENERATEREQUEST']._serialized_end=528
-  _globals['_STRUCTUREDOUTPUT']._serialized_start=531
-  _globals['_STRUCTUREDOUTPUT']._serialized_end=677
-  _globals['_CHOICES']._serialized_start=679
-  _globals['_CHOICES']._serialized_end=703
-  _globals['_CHAT']._serialized_start=705
-  _globals['_CHAT']._serialized_end=785
-  _globals['_CHATMESSAGE']._serialized_start=787
-  _globals['_CHATMESSAGE']._serialized_end=831
-  _globals['_TOKENIDS']._serialized_start=833
-  _globals['_TOKENIDS']._serialized_end=856
-  _globals['_GENERATERESPONSE']._serialized_start=859
-  _globals['_GENERATERESPONSE']._serialized_end=1166
-  _globals['_TOKENIZEREQUEST']._serialized_start=1168
-  _globals['_TOKENIZEREQUEST']._serialized_end=1258
-  _globals['_TOKENIZERESPONSE']._serialized_start=1260
-  _globals['_TOKENIZERESPONSE']._serialized_end=1320
-  _globals['_GETMODELREQUEST']._serialized_start=1322
-  _globals['_GETMODELREQUEST']._serialized_end=1354
-  _globals['_GETMODELRESPONSE']._serialized_start=1356
-  _globals['_GETMODELRESPONSE']._serialized_end=1411
-  _globals['_LISTMODELSREQUEST']._serialized_start=1413
-  _globals['_LISTMODELSREQUEST']._serialized_end=1432
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1434
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1492
-  _globals['_INFERENCESERVICE']._serialized_start=1495
-  _globals['_INFERENCESERVICE']._serialized_end=1797
+  _globals['_GENERATEREQUEST']._serialized_end=562
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=565
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=711
+  _globals['_CHOICES']._serialized_start=713
+  _globals['_CHOICES']._serialized_end=737
+  _globals['_CHAT']._serialized_start=739
+  _globals['_CHAT']._serialized_end=819
+  _globals['_CHATMESSAGE']._serialized_start=821
+  _globals['_CHATMESSAGE']._serialized_end=865
+  _globals['_TOKENIDS']._serialized_start=867
+  _globals['_TOKENIDS']._serialized_end=890
+  _globals['_GENERATERESPONSE']._serialized_start=893
+  _globals['_GENERATERESPONSE']._serialized_end=1230
+  _globals['_TOKENIZEREQUEST']._serialized_start=1232
+  _globals['_TOKENIZEREQUEST']._serialized_end=1322
+  _globals['_TOKENIZERESPONSE']._serialized_start=1324
+  _globals['_TOKENIZERESPONSE']._serialized_end=1384
+  _globals['_GETMODELREQUEST']._serialized_start=1386
+  _globals['_GETMODELREQUEST']._serialized_end=1418
+  _globals['_GETMODELRESPONSE']._serialized_start=1420
+  _globals['_GETMODELRESPONSE']._serialized_end=1475
+  _globals['_LISTMODELSREQUEST']._serialized_start=1477
+  _globals['_LISTMODELSREQUEST']._serialized_end=1496
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1498
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1556
+  _globals['_INFERENCESERVICE']._serialized_start=1559
+  _globals['_INFERENCESERVICE']._serialized_end=1861
 # @@protoc_insertion_point(module_scope)

@@ -32,6 +32,7 @@ class GenerateRequest(google.protobuf.message.Message):
     CACHE_SALT_FIELD_NUMBER: builtins.int
     RESUME_FIELD_NUMBER: builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: builtins.int
+    BEST_OF_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model name; empty is the one that is served."""
     text: builtins.str
@@ -46,6 +47,10 @@ class GenerateRequest(google.protobuf.message.Message):
     """priority [0]: lower runs first."""
     cache_salt: builtins.str
     """cache_salt keeps prefix hits within those who share it."""
+    best_of: builtins.int
+    """best_of [n]: draw this many samples and return the n of them with the best mean logprob a token, when all
+    have ended.
+    """
     @property
     def chat(self) -> global___Chat:
         """chat to answer, through the model's chat template."""
@@ -88,9 +93,12 @@ class GenerateRequest(google.protobuf.message.Message):
         cache_salt: builtins.str = ...,
         resume: collections.abc.Iterable[pagoda.v1.scheduler_pb2.ResumedSample] | None = ...,
         structured_output: global___StructuredOutput | None = ...,
+        best_of: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_str_in_output", b"include_stop_str_in_output", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_best_of", b"_best_of", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "best_of", b"best_of", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_best_of", b"_best_of", "_priority", b"_priority", "_skip_special_tokens", b"_skip_special_tokens", "best_of", b"best_of", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_str_in_output", b"include_stop_str_in_output", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "skip_special_tokens", b"skip_special_tokens", "stop", b"stop", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_best_of", b"_best_of"]) -> typing.Literal["best_of"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_priority", b"_priority"]) -> typing.Literal["priority"] | None: ...
     @typing.overload
@@ -240,6 +248,7 @@ class GenerateResponse(google.protobuf.message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index of the sample, 0 to n - 1."""
     text: builtins.str
@@ -250,6 +259,8 @@ class GenerateResponse(google.protobuf.message.Message):
     """stop_reason is the stop string that ended the sample, if one did."""
     request_id: builtins.str
     """request_id comes with the first message of the stream."""
+    score: builtins.float
+    """score of a beam search's result, and of one of best_of: what they are ordered by."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """token_ids that are new."""
@@ -285,9 +296,11 @@ class GenerateResponse(google.protobuf.message.Message):
         request_id: builtins.str = ...,
         prompt_logprobs: collections.abc.Iterable[pagoda.v1.scheduler_pb2.TokenLogprob] | None = ...,
         prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        score: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_score", b"_score", "score", b"score", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_score", b"_score", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "score", b"score", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_score", b"_score"]) -> typing.Literal["score"] | None: ...
 
 global___GenerateResponse = GenerateResponse
 

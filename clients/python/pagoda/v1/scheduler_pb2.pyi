@@ -19,6 +19,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _EarlyStopping:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EarlyStoppingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_EarlyStopping.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    EARLY_STOPPING_UNSPECIFIED: _EarlyStopping.ValueType  # 0
+    """EARLY_STOPPING_UNSPECIFIED is the default, the heuristic."""
+    EARLY_STOPPING_HEURISTIC: _EarlyStopping.ValueType  # 1
+    """EARLY_STOPPING_HEURISTIC: when its best beam would not better the worst result, were it to end now."""
+    EARLY_STOPPING_FIRST: _EarlyStopping.ValueType  # 2
+    """EARLY_STOPPING_FIRST: at once."""
+    EARLY_STOPPING_NEVER: _EarlyStopping.ValueType  # 3
+    """EARLY_STOPPING_NEVER: when no beam can better the worst result any more."""
+
+class EarlyStopping(_EarlyStopping, metaclass=_EarlyStoppingEnumTypeWrapper):
+    """EarlyStopping says when a beam search, which has found as many results as it has beams, ends."""
+
+EARLY_STOPPING_UNSPECIFIED: EarlyStopping.ValueType  # 0
+"""EARLY_STOPPING_UNSPECIFIED is the default, the heuristic."""
+EARLY_STOPPING_HEURISTIC: EarlyStopping.ValueType  # 1
+"""EARLY_STOPPING_HEURISTIC: when its best beam would not better the worst result, were it to end now."""
+EARLY_STOPPING_FIRST: EarlyStopping.ValueType  # 2
+"""EARLY_STOPPING_FIRST: at once."""
+EARLY_STOPPING_NEVER: EarlyStopping.ValueType  # 3
+"""EARLY_STOPPING_NEVER: when no beam can better the worst result any more."""
+global___EarlyStopping = EarlyStopping
+
 class _FinishReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -91,6 +119,8 @@ class _RequestStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """REQUEST_STATE_DECODE: it gains tokens."""
     REQUEST_STATE_PREEMPTED: _RequestState.ValueType  # 4
     """REQUEST_STATE_PREEMPTED: it lost its blocks and waits to resume."""
+    REQUEST_STATE_SWAPPED: _RequestState.ValueType  # 5
+    """REQUEST_STATE_SWAPPED: its blocks are in host memory, and it waits to resume."""
 
 class RequestState(_RequestState, metaclass=_RequestStateEnumTypeWrapper):
     """RequestState is where a request stands."""
@@ -105,6 +135,8 @@ REQUEST_STATE_DECODE: RequestState.ValueType  # 3
 """REQUEST_STATE_DECODE: it gains tokens."""
 REQUEST_STATE_PREEMPTED: RequestState.ValueType  # 4
 """REQUEST_STATE_PREEMPTED: it lost its blocks and waits to resume."""
+REQUEST_STATE_SWAPPED: RequestState.ValueType  # 5
+"""REQUEST_STATE_SWAPPED: its blocks are in host memory, and it waits to resume."""
 global___RequestState = RequestState
 
 @typing.final
@@ -146,6 +178,10 @@ class SamplingParams(google.protobuf.message.Message):
     LOGPROBS_FIELD_NUMBER: builtins.int
     GRAMMAR_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    BEAM_WIDTH_FIELD_NUMBER: builtins.int
+    LENGTH_PENALTY_FIELD_NUMBER: builtins.int
+    EARLY_STOPPING_FIELD_NUMBER: builtins.int
+    AWAIT_VERDICTS_FIELD_NUMBER: builtins.int
     temperature: builtins.float
     """temperature [1]: 0 is greedy."""
     top_k: builtins.int
@@ -180,6 +216,18 @@ class SamplingParams(google.protobuf.message.Message):
     """prompt_logprobs [none]: report the logprob of each prompt token after the first, and this many
     alternatives (0 to 20). Such a request takes no prefix hits.
     """
+    beam_width: builtins.int
+    """beam_width [none]: search with this many beams (1 to 16) instead of drawing, and return the n best of what
+    they find, best first, when the search ends. temperature, top_k, top_p, min_p and seed play no part.
+    """
+    length_penalty: builtins.float
+    """length_penalty [1]: a result's score is the sum of its tokens' logprobs over its length to this power."""
+    early_stopping: global___EarlyStopping.ValueType
+    """early_stopping [heuristic]: when a beam search ends."""
+    await_verdicts: builtins.bool
+    """await_verdicts [false]: a beam search waits after each step until the session says which of its candidates
+    end, by a stop string for one. Only within a Session.
+    """
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
         """logit_bias added to the logits of these ids."""
@@ -208,13 +256,21 @@ class SamplingParams(google.protobuf.message.Message):
         logprobs: builtins.int | None = ...,
         grammar: builtins.str = ...,
         prompt_logprobs: builtins.int | None = ...,
+        beam_width: builtins.int | None = ...,
+        length_penalty: builtins.float | None = ...,
+        early_stopping: global___EarlyStopping.ValueType = ...,
+        await_verdicts: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_beam_width", b"_beam_width", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "beam_width", b"beam_width", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "length_penalty", b"length_penalty", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_beam_width", b"_beam_width", "_frequency_penalty", b"_frequency_penalty", "_ignore_eos", b"_ignore_eos", "_length_penalty", b"_length_penalty", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_min_tokens", b"_min_tokens", "_n", b"_n", "_presence_penalty", b"_presence_penalty", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "await_verdicts", b"await_verdicts", "beam_width", b"beam_width", "early_stopping", b"early_stopping", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "length_penalty", b"length_penalty", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_beam_width", b"_beam_width"]) -> typing.Literal["beam_width"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_frequency_penalty", b"_frequency_penalty"]) -> typing.Literal["frequency_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_ignore_eos", b"_ignore_eos"]) -> typing.Literal["ignore_eos"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_length_penalty", b"_length_penalty"]) -> typing.Literal["length_penalty"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_logprobs", b"_logprobs"]) -> typing.Literal["logprobs"] | None: ...
     @typing.overload
@@ -332,10 +388,13 @@ class GenerateTokensResponse(google.protobuf.message.Message):
     FINISH_REASON_FIELD_NUMBER: builtins.int
     USAGE_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    SCORE_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index of the sample, 0 to n - 1."""
     finish_reason: global___FinishReason.ValueType
     """finish_reason when the sample ended."""
+    score: builtins.float
+    """score of a beam search's result, of which all comes in one message."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """token_ids that are new."""
@@ -361,9 +420,11 @@ class GenerateTokensResponse(google.protobuf.message.Message):
         finish_reason: global___FinishReason.ValueType = ...,
         usage: global___Usage | None = ...,
         prompt_logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
+        score: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_score", b"_score", "score", b"score", "usage", b"usage"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_score", b"_score", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "score", b"score", "token_ids", b"token_ids", "usage", b"usage"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_score", b"_score"]) -> typing.Literal["score"] | None: ...
 
 global___GenerateTokensResponse = GenerateTokensResponse
 
@@ -437,6 +498,7 @@ class SessionRequest(google.protobuf.message.Message):
     SUBMIT_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     VOCABULARY_FIELD_NUMBER: builtins.int
+    VERDICTS_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> global___SessionHello:
         """hello is the first message of the stream."""
@@ -453,6 +515,10 @@ class SessionRequest(google.protobuf.message.Message):
     def vocabulary(self) -> global___Vocabulary:
         """vocabulary tells what the tokens stand for, before the first request with a grammar."""
 
+    @property
+    def verdicts(self) -> global___VerdictBatch:
+        """verdicts answer BeamCandidates."""
+
     def __init__(
         self,
         *,
@@ -460,10 +526,11 @@ class SessionRequest(google.protobuf.message.Message):
         submit: global___SubmitBatch | None = ...,
         stop: global___StopBatch | None = ...,
         vocabulary: global___Vocabulary | None = ...,
+        verdicts: global___VerdictBatch | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "vocabulary", b"vocabulary"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "vocabulary", b"vocabulary"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "submit", "stop", "vocabulary"] | None: ...
+    def HasField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "verdicts", b"verdicts", "vocabulary", b"vocabulary"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["hello", b"hello", "message", b"message", "stop", b"stop", "submit", b"submit", "verdicts", b"verdicts", "vocabulary", b"vocabulary"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["hello", "submit", "stop", "vocabulary", "verdicts"] | None: ...
 
 global___SessionRequest = SessionRequest
 
@@ -692,6 +759,9 @@ class OutputColumns(google.protobuf.message.Message):
     PROMPT_HANDLES_FIELD_NUMBER: builtins.int
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    SCORE_ROWS_FIELD_NUMBER: builtins.int
+    SCORES_FIELD_NUMBER: builtins.int
+    CANDIDATES_FIELD_NUMBER: builtins.int
     @property
     def handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """handles, one a row."""
@@ -750,6 +820,18 @@ class OutputColumns(google.protobuf.message.Message):
     def prompt_logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TokenLogprob]:
         """prompt_logprobs, one request's after another's."""
 
+    @property
+    def score_rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """score_rows are indexes of rows that are results of beam searches."""
+
+    @property
+    def scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """scores is parallel to score_rows."""
+
+    @property
+    def candidates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___BeamCandidates]:
+        """candidates of beam searches that await verdicts."""
+
     def __init__(
         self,
         *,
@@ -767,10 +849,85 @@ class OutputColumns(google.protobuf.message.Message):
         prompt_handles: collections.abc.Iterable[builtins.int] | None = ...,
         num_prompt_logprobs: collections.abc.Iterable[builtins.int] | None = ...,
         prompt_logprobs: collections.abc.Iterable[global___TokenLogprob] | None = ...,
+        score_rows: collections.abc.Iterable[builtins.int] | None = ...,
+        scores: collections.abc.Iterable[builtins.float] | None = ...,
+        candidates: collections.abc.Iterable[global___BeamCandidates] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "failures", b"failures", "handles", b"handles", "indexes", b"indexes", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_tokens", b"num_tokens", "prompt_handles", b"prompt_handles", "prompt_logprobs", b"prompt_logprobs", "tokens", b"tokens", "usage_handles", b"usage_handles", "usages", b"usages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["candidates", b"candidates", "ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "failures", b"failures", "handles", b"handles", "indexes", b"indexes", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_tokens", b"num_tokens", "prompt_handles", b"prompt_handles", "prompt_logprobs", b"prompt_logprobs", "score_rows", b"score_rows", "scores", b"scores", "tokens", b"tokens", "usage_handles", b"usage_handles", "usages", b"usages"]) -> None: ...
 
 global___OutputColumns = OutputColumns
+
+@typing.final
+class BeamCandidates(google.protobuf.message.Message):
+    """BeamCandidates are tokens that may go on a beam search that awaits verdicts, best first."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
+    STEP_FIELD_NUMBER: builtins.int
+    PARENTS_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    handle: builtins.int
+    """handle of the request."""
+    step: builtins.int
+    """step counts up from 0; the verdict names it. At 0 the search is at its prompt, be it anew."""
+    @property
+    def parents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """parents are indexes into the candidates of the step before; empty at step 0, when all follow the prompt."""
+
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """token_ids, one a candidate."""
+
+    def __init__(
+        self,
+        *,
+        handle: builtins.int = ...,
+        step: builtins.int = ...,
+        parents: collections.abc.Iterable[builtins.int] | None = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handle", b"handle", "parents", b"parents", "step", b"step", "token_ids", b"token_ids"]) -> None: ...
+
+global___BeamCandidates = BeamCandidates
+
+@typing.final
+class VerdictBatch(google.protobuf.message.Message):
+    """VerdictBatch says which candidates end their sequences. What is no longer awaited is no error."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    NUM_STOPPED_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
+    @property
+    def handles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """handles of the requests."""
+
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """steps is parallel to handles."""
+
+    @property
+    def num_stopped(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """num_stopped is parallel to handles: how many of stopped are that request's."""
+
+    @property
+    def stopped(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """stopped are indexes of candidates, ascending, one request's after another's."""
+
+    def __init__(
+        self,
+        *,
+        handles: collections.abc.Iterable[builtins.int] | None = ...,
+        steps: collections.abc.Iterable[builtins.int] | None = ...,
+        num_stopped: collections.abc.Iterable[builtins.int] | None = ...,
+        stopped: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["handles", b"handles", "num_stopped", b"num_stopped", "steps", b"steps", "stopped", b"stopped"]) -> None: ...
+
+global___VerdictBatch = VerdictBatch
 
 @typing.final
 class RequestFailure(google.protobuf.message.Message):
@@ -962,6 +1119,8 @@ class Snapshot(google.protobuf.message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
     NUM_SESSIONS_FIELD_NUMBER: builtins.int
+    SWAPPED_TOKENS_FIELD_NUMBER: builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: builtins.int
     unix_us: builtins.int
     """unix_us is when."""
     num_waiting: builtins.int
@@ -976,6 +1135,10 @@ class Snapshot(google.protobuf.message.Message):
     """num_preemptions since the start."""
     num_sessions: builtins.int
     """num_sessions attached."""
+    swapped_tokens: builtins.int
+    """swapped_tokens since the start: tokens whose KV went to host memory."""
+    recomputed_tokens: builtins.int
+    """recomputed_tokens since the start: tokens whose KV was computed again after a preemption or a replay."""
     @property
     def model(self) -> global___ModelInfo:
         """model served."""
@@ -1001,9 +1164,11 @@ class Snapshot(google.protobuf.message.Message):
         prompt_tokens: builtins.int = ...,
         num_preemptions: builtins.int = ...,
         num_sessions: builtins.int = ...,
+        swapped_tokens: builtins.int = ...,
+        recomputed_tokens: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["generation_tokens", b"generation_tokens", "model", b"model", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_waiting", b"num_waiting", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "unix_us", b"unix_us", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["generation_tokens", b"generation_tokens", "model", b"model", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_waiting", b"num_waiting", "prompt_tokens", b"prompt_tokens", "recomputed_tokens", b"recomputed_tokens", "requests", b"requests", "swapped_tokens", b"swapped_tokens", "unix_us", b"unix_us", "workers", b"workers"]) -> None: ...
 
 global___Snapshot = Snapshot
 
@@ -1029,6 +1194,10 @@ class WorkerSnapshot(google.protobuf.message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: builtins.int
     KV_WASTE_RATIO_FIELD_NUMBER: builtins.int
     KV_SHARING_RATIO_FIELD_NUMBER: builtins.int
+    NUM_SHARED_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_LOOKAHEAD_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_USED_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name of the group."""
     epoch: builtins.int
@@ -1057,6 +1226,14 @@ class WorkerSnapshot(google.protobuf.message.Message):
     """kv_waste_ratio: allocated minus used token slots, over allocated."""
     kv_sharing_ratio: builtins.float
     """kv_sharing_ratio: blocks saved by sharing over blocks referenced."""
+    num_shared_blocks: builtins.int
+    """num_shared_blocks are in more than one block table."""
+    num_lookahead_blocks: builtins.int
+    """num_lookahead_blocks are held for tokens of steps in flight, beyond those that are known."""
+    num_host_blocks: builtins.int
+    """num_host_blocks for swapping, in all."""
+    num_host_blocks_used: builtins.int
+    """num_host_blocks_used by requests that are swapped out."""
     @property
     def ref_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """ref_counts, one a block, when blocks were asked for: 0 free or cached."""
@@ -1084,8 +1261,12 @@ class WorkerSnapshot(google.protobuf.message.Message):
         cached_blocks: collections.abc.Iterable[builtins.int] | None = ...,
         kv_waste_ratio: builtins.float = ...,
         kv_sharing_ratio: builtins.float = ...,
+        num_shared_blocks: builtins.int = ...,
+        num_lookahead_blocks: builtins.int = ...,
+        num_host_blocks: builtins.int = ...,
+        num_host_blocks_used: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "device", b"device", "epoch", b"epoch", "horizon", b"horizon", "kv_sharing_ratio", b"kv_sharing_ratio", "kv_waste_ratio", b"kv_waste_ratio", "max_slots", b"max_slots", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_inflight", b"num_inflight", "num_slots_used", b"num_slots_used", "ref_counts", b"ref_counts", "step_us", b"step_us"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "device", b"device", "epoch", b"epoch", "horizon", b"horizon", "kv_sharing_ratio", b"kv_sharing_ratio", "kv_waste_ratio", b"kv_waste_ratio", "max_slots", b"max_slots", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_host_blocks", b"num_host_blocks", "num_host_blocks_used", b"num_host_blocks_used", "num_inflight", b"num_inflight", "num_lookahead_blocks", b"num_lookahead_blocks", "num_shared_blocks", b"num_shared_blocks", "num_slots_used", b"num_slots_used", "ref_counts", b"ref_counts", "step_us", b"step_us"]) -> None: ...
 
 global___WorkerSnapshot = WorkerSnapshot
 

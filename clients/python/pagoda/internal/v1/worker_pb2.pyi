@@ -279,8 +279,8 @@ global___Heartbeat = Heartbeat
 class Step(google.protobuf.message.Message):
     """Step is one unit of work: a diff to the rows, then num_iterations iterations of the batch.
 
-    It is applied in this order: released_slots, block copies, new_rows, appended blocks, forward.
-    No block is both a source and a destination among one step's copies.
+    It is applied in this order: swap-out, released_slots, block copies, swap-in, new_rows, beams, appended
+    and replaced blocks, forward. No block is both a source and a destination among one step's copies.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -299,6 +299,17 @@ class Step(google.protobuf.message.Message):
     REPLACE_BLOCKS_FIELD_NUMBER: builtins.int
     SLOTS_FIELD_NUMBER: builtins.int
     NUM_TOKENS_FIELD_NUMBER: builtins.int
+    SWAP_OUT_DEVICE_BLOCKS_FIELD_NUMBER: builtins.int
+    SWAP_OUT_HOST_BLOCKS_FIELD_NUMBER: builtins.int
+    SWAP_IN_HOST_BLOCKS_FIELD_NUMBER: builtins.int
+    SWAP_IN_DEVICE_BLOCKS_FIELD_NUMBER: builtins.int
+    BEAM_SLOTS_FIELD_NUMBER: builtins.int
+    BEAM_PARENT_SLOTS_FIELD_NUMBER: builtins.int
+    BEAM_TOKENS_FIELD_NUMBER: builtins.int
+    BEAM_ROWS_FIELD_NUMBER: builtins.int
+    BEAM_SCORES_FIELD_NUMBER: builtins.int
+    BEAM_COUNTS_FIELD_NUMBER: builtins.int
+    BEAM_WIDTHS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """epoch of the session; a worker ends the session on any other."""
     step_id: builtins.int
@@ -357,6 +368,54 @@ class Step(google.protobuf.message.Message):
         1 is a chunk of a prompt; 0 is a fork that samples from its parent's logits. Empty when all are 1.
         """
 
+    @property
+    def swap_out_device_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """swap_out_device_blocks and swap_out_host_blocks are pairs: contents to keep in host memory."""
+
+    @property
+    def swap_out_host_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """swap_out_host_blocks is parallel to swap_out_device_blocks."""
+
+    @property
+    def swap_in_host_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """swap_in_host_blocks and swap_in_device_blocks are pairs: contents to bring back."""
+
+    @property
+    def swap_in_device_blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """swap_in_device_blocks is parallel to swap_in_host_blocks."""
+
+    @property
+    def beam_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_slots, beam_parent_slots and beam_tokens are triples: the row takes tokens, counters and block table
+        of its parent, which may be itself, as they were before any of these moves, and then the token.
+        """
+
+    @property
+    def beam_parent_slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_parent_slots is parallel to beam_slots."""
+
+    @property
+    def beam_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_tokens is parallel to beam_slots."""
+
+    @property
+    def beam_rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_rows are indexes into slots: rows of beam searches whose forward reaches their last token, one
+        search's after another's. They draw nothing and are no sampling rows: their searches get candidates.
+        """
+
+    @property
+    def beam_scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """beam_scores is parallel to beam_rows: the sum of the logprobs of the row's output."""
+
+    @property
+    def beam_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_counts says how many of beam_rows are each search's."""
+
+    @property
+    def beam_widths(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_widths is parallel to beam_counts: how many beams the search keeps."""
+
     def __init__(
         self,
         *,
@@ -374,8 +433,19 @@ class Step(google.protobuf.message.Message):
         replace_blocks: collections.abc.Iterable[builtins.int] | None = ...,
         slots: collections.abc.Iterable[builtins.int] | None = ...,
         num_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        swap_out_device_blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        swap_out_host_blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        swap_in_host_blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        swap_in_device_blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_slots: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_parent_slots: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_rows: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_scores: collections.abc.Iterable[builtins.float] | None = ...,
+        beam_counts: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_widths: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["append_blocks", b"append_blocks", "append_slots", b"append_slots", "copy_dst_blocks", b"copy_dst_blocks", "copy_src_blocks", b"copy_src_blocks", "epoch", b"epoch", "new_rows", b"new_rows", "num_iterations", b"num_iterations", "num_tokens", b"num_tokens", "released_slots", b"released_slots", "replace_blocks", b"replace_blocks", "replace_indexes", b"replace_indexes", "replace_slots", b"replace_slots", "slots", b"slots", "step_id", b"step_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["append_blocks", b"append_blocks", "append_slots", b"append_slots", "beam_counts", b"beam_counts", "beam_parent_slots", b"beam_parent_slots", "beam_rows", b"beam_rows", "beam_scores", b"beam_scores", "beam_slots", b"beam_slots", "beam_tokens", b"beam_tokens", "beam_widths", b"beam_widths", "copy_dst_blocks", b"copy_dst_blocks", "copy_src_blocks", b"copy_src_blocks", "epoch", b"epoch", "new_rows", b"new_rows", "num_iterations", b"num_iterations", "num_tokens", b"num_tokens", "released_slots", b"released_slots", "replace_blocks", b"replace_blocks", "replace_indexes", b"replace_indexes", "replace_slots", b"replace_slots", "slots", b"slots", "step_id", b"step_id", "swap_in_device_blocks", b"swap_in_device_blocks", "swap_in_host_blocks", b"swap_in_host_blocks", "swap_out_device_blocks", b"swap_out_device_blocks", "swap_out_host_blocks", b"swap_out_host_blocks"]) -> None: ...
 
 global___Step = Step
 
@@ -565,6 +635,11 @@ class StepResult(google.protobuf.message.Message):
     PROMPT_ROWS_FIELD_NUMBER: builtins.int
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: builtins.int
+    BEAM_PARENTS_FIELD_NUMBER: builtins.int
+    BEAM_TOKENS_FIELD_NUMBER: builtins.int
+    BEAM_SCORES_FIELD_NUMBER: builtins.int
+    BEAM_LOGPROBS_FIELD_NUMBER: builtins.int
+    SWAP_US_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """epoch of the session."""
     step_id: builtins.int
@@ -575,6 +650,8 @@ class StepResult(google.protobuf.message.Message):
     """idle_us is how long the device waited for this step after the one before it ended."""
     checksum: builtins.int
     """checksum of the tokens, from ranks above 0, which send no columns."""
+    swap_us: builtins.int
+    """swap_us is the time that the device took for the step's swaps; a part of device_us."""
     @property
     def tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """tokens drawn: the first sampling row's tokens in order, then the second's, and so on."""
@@ -609,6 +686,30 @@ class StepResult(google.protobuf.message.Message):
         its own, as far as the prompt goes.
         """
 
+    @property
+    def beam_parents(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_parents, beam_tokens and beam_scores are candidates, 2 x beam_width for each search of the step: the
+        best of all, best first, and then the best of those that are no stop ids. A search of fewer rows than
+        tokens can make has fewer: those that are left out have a score of minus infinity.
+        beam_parents are indexes into the search's rows.
+        """
+
+    @property
+    def beam_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """beam_tokens is parallel to beam_parents."""
+
+    @property
+    def beam_scores(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """beam_scores is parallel to beam_parents: the parent's score and the token's logprob; not a number where
+        the logits were not finite.
+        """
+
+    @property
+    def beam_logprobs(self) -> global___LogprobColumns:
+        """beam_logprobs has one entry for each of the step's beam_rows that asked for logprobs: its alternatives.
+        token_logprobs and ranks are empty.
+        """
+
     def __init__(
         self,
         *,
@@ -625,9 +726,14 @@ class StepResult(google.protobuf.message.Message):
         prompt_rows: collections.abc.Iterable[builtins.int] | None = ...,
         num_prompt_logprobs: collections.abc.Iterable[builtins.int] | None = ...,
         prompt_logprobs: global___LogprobColumns | None = ...,
+        beam_parents: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        beam_scores: collections.abc.Iterable[builtins.float] | None = ...,
+        beam_logprobs: global___LogprobColumns | None = ...,
+        swap_us: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "device_us", b"device_us", "ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "epoch", b"epoch", "idle_us", b"idle_us", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_sampled", b"num_sampled", "prompt_logprobs", b"prompt_logprobs", "prompt_rows", b"prompt_rows", "step_id", b"step_id", "tokens", b"tokens"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_checksum", b"_checksum", "beam_logprobs", b"beam_logprobs", "checksum", b"checksum", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_checksum", b"_checksum", "beam_logprobs", b"beam_logprobs", "beam_parents", b"beam_parents", "beam_scores", b"beam_scores", "beam_tokens", b"beam_tokens", "checksum", b"checksum", "device_us", b"device_us", "ended_reasons", b"ended_reasons", "ended_rows", b"ended_rows", "epoch", b"epoch", "idle_us", b"idle_us", "logprobs", b"logprobs", "num_prompt_logprobs", b"num_prompt_logprobs", "num_sampled", b"num_sampled", "prompt_logprobs", b"prompt_logprobs", "prompt_rows", b"prompt_rows", "step_id", b"step_id", "swap_us", b"swap_us", "tokens", b"tokens"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_checksum", b"_checksum"]) -> typing.Literal["checksum"] | None: ...
 
 global___StepResult = StepResult
