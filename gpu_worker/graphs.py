@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 
@@ -27,6 +28,14 @@ Compute = Callable[[Inputs, torch.Tensor], torch.Tensor]
 Draw = Callable[[torch.Tensor, Inputs, Shape], None]
 
 
+class Part(Enum):
+    """What of an iteration a graph holds."""
+
+    WHOLE = auto()
+    LOGITS = auto()  # all before sampling
+    DRAW = auto()  # sampling, from the logits of `LOGITS` and within the masks of grammars
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -41,20 +50,22 @@ class Graphs:
         self,
         compute: Compute,
         draw: Draw,
+        draw_within_masks: Draw,
         rows: Rows,
         padding: Padding,
         num_logits: int,
         device: torch.device,
     ) -> None:
         """`compute` goes from inputs to logits, `num_logits` of a row; `draw` samples from them where no row
-        asks for more than a temperature and a seed; `padding` says which shapes will come."""
-        self._compute, self._draw, self._rows = compute, draw, rows
-        # By shape, and by whether the iteration is whole or ends at its logits.
-        self._captured: dict[tuple[Shape, bool], _Captured] = {}
+        asks for more than a temperature and a seed, `draw_within_masks` where rows follow grammars beside;
+        `padding` says which shapes will come."""
+        self._compute, self._rows = compute, rows
+        self._draws = {Part.WHOLE: draw, Part.DRAW: draw_within_masks}
+        self._captured: dict[tuple[Shape, Part], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         shapes = padding.shapes()
         self._shapes = frozenset(shapes)
-        self._missed: Counter[tuple[Shape, bool]] = Counter()
+        self._missed: Counter[tuple[Shape, Part]] = Counter()
         size = max((shape.size for shape in shapes), default=0)
         self._block = torch.zeros(size, dtype=torch.int32, device=device)
         # Were each graph's its own, those of a hundred graphs would take as much memory as a model.
@@ -74,19 +85,14 @@ class Graphs:
         """Capture the next shape, the smallest decodes first; None when all are there."""
         while self._wanted:
             shape = self._wanted.pop(0)
-            if (shape, True) not in self._captured:
+            if (shape, Part.WHOLE) not in self._captured:
                 self.capture(shape)
                 return shape
         return None
 
-    def takes(self, batch: Batch, is_plain: bool) -> bool:
-        """Whether a graph is to run a batch: it is there, or worth its capture by now.
-
-        Args:
-            batch: staged.
-            is_plain: whether its rows use no more than temperature and seed.
-        """
-        key = batch.shape, is_plain
+    def takes(self, batch: Batch, part: Part) -> bool:
+        """Whether a graph is to run a part of a batch: it is there, or worth its capture by now."""
+        key = batch.shape, part
         if key in self._captured:
             return True
         if batch.shape not in self._shapes:
@@ -94,45 +100,55 @@ class Graphs:
         self._missed[key] += 1
         return self._missed[key] >= PATIENCE
 
-    def load(self, batch: Batch) -> Inputs:
-        """Put a batch where the graphs of its shape read it."""
-        return self._load(batch, is_whole=False).inputs
+    def load(self, batch: Batch, is_drawn: bool) -> Inputs:
+        """Put a batch where the graphs of its shape read it; `is_drawn` by a graph, too."""
+        if is_drawn and (batch.shape, Part.DRAW) not in self._captured:
+            self.capture(batch.shape, Part.DRAW)
+        return self._load(batch, Part.LOGITS).inputs
 
     def replay(self, batch: Batch) -> None:
         """Run all iterations of a batch, sampling included."""
-        graph = self._load(batch, is_whole=True).graph
+        graph = self._load(batch, Part.WHOLE).graph
         for _ in range(batch.num_iterations):
             graph.replay()
 
     def replay_logits(self, shape: Shape) -> torch.Tensor:
         """Run one iteration of the loaded batch up to its logits, which hold good until the next replay."""
-        captured = self._captured[shape, False]
+        captured = self._captured[shape, Part.LOGITS]
         captured.graph.replay()
         return captured.logits
 
-    def _load(self, batch: Batch, is_whole: bool) -> _Captured:
-        if (batch.shape, is_whole) not in self._captured:
-            self.capture(batch.shape, is_whole)
-        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
-        return self._captured[batch.shape, is_whole]
+    def replay_draw(self, shape: Shape) -> None:
+        """Draw from the logits that were replayed last, which it changes, within the masks of grammars."""
+        self._captured[shape, Part.DRAW].graph.replay()
 
-    def capture(self, shape: Shape, is_whole: bool = True) -> None:
+    def _load(self, batch: Batch, part: Part) -> _Captured:
+        if (batch.shape, part) not in self._captured:
+            self.capture(batch.shape, part)
+        self._block[: batch.shape.size].copy_(batch.block, non_blocking=True)
+        return self._captured[batch.shape, part]
+
+    def capture(self, shape: Shape, part: Part = Part.WHOLE) -> None:
         """Capture a shape now, or anew, over padding alone, which changes no row."""
         rows = self._rows
         block = self._block[: shape.size]
         inputs = unpack(block, shape, rows.iota)
 
         def iteration() -> torch.Tensor:
-            logits = self._compute(inputs, self._logits[: shape.samples])
-            if is_whole:
-                self._draw(logits, inputs, shape)
+            logits = self._logits[: shape.samples]
+            if part is not Part.DRAW:
+                logits = self._compute(inputs, logits)
+            if part in self._draws:
+                self._draws[part](logits, inputs, shape)
             return logits
 
         # Once outside the capture: kernels are compiled and libraries make their workspaces there.
         block.copy_(torch.from_numpy(padding_alone(shape, rows.state.padding_slot)))
+        if part is Part.DRAW:
+            inputs.iteration.zero_()  # as a forward leaves it
         iteration()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = iteration()
-        self._captured[shape, is_whole] = _Captured(graph, inputs, logits)
+        self._captured[shape, part] = _Captured(graph, inputs, logits)

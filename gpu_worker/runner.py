@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.grammar import Grammars
-from gpu_worker.graphs import NUM_FIRST, Graphs
+from gpu_worker.graphs import NUM_FIRST, Graphs, Part
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
-from kernels.rows import accept, fork
+from kernels.rows import accept, fork, hold
 from kernels.sample import Features, SampledLogprobs, allow, raw_logprobs, sample
 
 
@@ -63,13 +64,12 @@ class Runner:
             for _ in range(num_buffers if on_device else 1)
         ]
         self._turn = 0
-        self.grammars = Grammars(model.vocab_size, device)
+        self.grammars = Grammars(model.vocab_size, limits.max_slots, device)
         self.padding = padding or Padding()
         self.graphs: Graphs | None = None
         if padding is not None:
-            self.graphs = Graphs(
-                self._compute, self._draw_plainly, rows, self.padding, model.num_logits, device
-            )
+            draws = self._draw_plainly, self._draw_within_masks
+            self.graphs = Graphs(self._compute, *draws, rows, self.padding, model.num_logits, device)
 
     def capture_first(self) -> None:
         """Capture the graphs without which nothing should be served."""
@@ -83,24 +83,24 @@ class Runner:
         block = torch.from_numpy(padding_alone(shape, self._rows.state.padding_slot))
         inputs = unpack(block.to(self._drawn.device), shape, self._rows.iota)
         logits = self._compute(inputs)
-        everything = logits.new_full((1, -(-self._model.vocab_size // 32)), -1, dtype=torch.int32)
-        allow(logits, everything.new_zeros(1), everything)
         self._draw_plainly(logits, inputs, shape)
+        self._draw_within_masks(logits, inputs, shape)
 
     def rehearse_diff(self) -> None:
         """Change nothing in every way in which a step may change rows and blocks."""
         self._rows.rehearse(self._cache.tensors)
 
-    def run(self, diff: Diff, batch: Batch) -> StepOutputs:
-        """Apply a step and run its iterations."""
+    def run(self, diff: Diff, batch: Batch, meanwhile: Callable[[], None] | None = None) -> StepOutputs:
+        """Apply a step and run its iterations; where the host has to wait before the last one, it calls
+        `meanwhile`."""
         outputs = StepOutputs(batch.num_logprobs)
         self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
-        is_plain = batch.features == Features(any_random=batch.features.any_random) and not batch.constrained
+        part = Part.LOGITS if batch.constrained or not _is_plain(batch) else Part.WHOLE
         graphs = self.graphs if batch.forks is None and batch.prompts is None else None
-        if graphs is not None and graphs.takes(batch, is_plain):
-            self._replay(graphs, batch, is_plain, outputs)
+        if graphs is not None and graphs.takes(batch, part):
+            self._replay(graphs, batch, part, outputs, meanwhile)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
@@ -136,16 +136,25 @@ class Runner:
         if batch.num_logprobs:
             self._draw_as_asked(i, self._model.logits(*hidden), inputs, batch, drawn, outputs)
 
-    def _replay(self, graphs: Graphs, batch: Batch, is_plain: bool, outputs: StepOutputs) -> None:
-        """The same through a graph, cut before sampling where rows use more than temperature and seed."""
-        if is_plain:
+    def _replay(
+        self, graphs: Graphs, batch: Batch, part: Part, outputs: StepOutputs,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:  # fmt: skip
+        """The same through a graph, cut before sampling where rows use more than temperature and seed. With
+        grammars and no more than that, what follows their masks is another graph."""
+        if part is Part.WHOLE:
             graphs.replay(batch)
             return
-        inputs = graphs.load(batch)
+        is_drawn = bool(batch.constrained) and _is_plain(batch) and graphs.takes(batch, Part.DRAW)
+        inputs = graphs.load(batch, is_drawn)
         drawn = self._drawn_view(batch.shape, batch.num_iterations)
         for i in range(batch.num_iterations):
             logits = graphs.replay_logits(batch.shape)
-            if batch.num_logprobs:
+            if is_drawn:
+                self._fill_masks(batch, meanwhile if i == batch.num_iterations - 1 else None)
+                graphs.replay_draw(batch.shape)
+                self.grammars.follow(drawn[i])
+            elif batch.num_logprobs:
                 self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
 
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,8 +166,22 @@ class Runner:
 
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""
-        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
-        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
+        self._draw(logits, inputs, Features(any_random=True), self._whole_view(shape), StepOutputs([]))
+
+    def _draw_within_masks(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
+        """The same within the masks of grammars."""
+        features, masks = Features(any_random=True), self.grammars.masks(shape.samples)
+        self._draw(logits, inputs, features, self._whole_view(shape), StepOutputs([]), masks)
+
+    def _whole_view(self, shape: Shape) -> torch.Tensor:
+        return self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+
+    def _fill_masks(self, batch: Batch, meanwhile: Callable[[], None] | None = None) -> None:
+        """Rows may be held where others gain by it, and only decodes: after a prompt's last token
+        the core has no way back."""
+        others = len(batch.num_logprobs) > len(batch.constrained)
+        may_hold = others and not batch.shape.is_ragged
+        self.grammars.fill(batch.constrained, batch.shape.samples, may_hold, meanwhile)
 
     def _draw_as_asked(
         self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,
@@ -170,20 +193,30 @@ class Runner:
             return
         most = batch.features.max_logprobs
         allowed = logits if most < 0 else logits.clone()
-        allow(allowed, *self.grammars.masks(batch.constrained))
-        self._draw(allowed, inputs, replace(batch.features, max_logprobs=-1), drawn, outputs)
-        self.grammars.follow(batch.constrained, drawn[i])
+        self._fill_masks(batch)
+        masks = self.grammars.masks(batch.shape.samples)
+        self._draw(allowed, inputs, replace(batch.features, max_logprobs=-1), drawn, outputs, masks)
+        self.grammars.follow(drawn[i])
         if most >= 0:
             raw = logits[:, : self._model.vocab_size].float()
             outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
 
     def _draw(
         self, logits: torch.Tensor, inputs: Inputs, features: Features, drawn: torch.Tensor,
-        outputs: StepOutputs,
+        outputs: StepOutputs, masks: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         state, slots = self._rows.state, inputs.sample_slots
         history = state.tokens, state.num_tokens, state.num_prompt
+        takers = slots
+        if masks is not None:
+            allow(logits, *masks)
+            takers = hold(state, slots, masks[0])
         sampled = sample(logits, slots, state.columns, *history, self._model.vocab_size, features)
-        accept(state, slots, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
+        accept(state, takers, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
         if sampled.logprobs is not None:
             outputs.logprobs.append(sampled.logprobs)
+
+
+def _is_plain(batch: Batch) -> bool:
+    """Whether rows use no more than temperature and seed, grammars aside."""
+    return batch.features == Features(any_random=batch.features.any_random)

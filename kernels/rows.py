@@ -21,6 +21,9 @@ WAS_DONE = -1
 GOES_ON = 0
 NAN = 3
 
+# Among the masks of sampling rows (see `kernels.sample.allow`): a row that draws nothing in an iteration.
+HELD = -2
+
 # The order of the counters, and of the 32-bit sampling columns, in the matrix below.
 COUNTERS = ("num_tokens", "num_prompt", "num_computed", "last_position")
 INTEGERS = ("top_k", "min_tokens", "num_logprobs")
@@ -255,6 +258,26 @@ def fork(state: RowState, slots: torch.Tensor, parents: torch.Tensor) -> None:
         part.index_copy_(0, slots, part.index_select(0, parents))
     inherited = state.counters[:INHERITED]
     inherited.index_copy_(1, slots, inherited.index_select(1, parents))
+
+
+def hold(state: RowState, slots: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Let rows sit an iteration out: the next one computes the same token again.
+
+    Args:
+        state: `num_computed` of rows that are held goes back by one.
+        slots: int64[R], distinct but for the padding slot.
+        masks: int32[R], `HELD` for those rows.
+
+    Returns:
+        int64[R]: slots for `accept`, the padding slot in place of a row that is held.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        return rows.hold(state, slots, masks)
+    held = masks.eq(HELD).logical_and_(state.done.index_select(0, slots).logical_not_())
+    state.num_computed.index_add_(0, slots, held.to(torch.int32).neg_())
+    return slots.masked_fill(held, state.padding_slot)
 
 
 def accept(

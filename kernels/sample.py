@@ -188,23 +188,27 @@ def sample(
     return sampled
 
 
-def allow(logits: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+def allow(logits: torch.Tensor, masks: torch.Tensor, bits: torch.Tensor) -> None:
     """Rule out, in place, what some rows may not draw.
 
     Args:
         logits: float32 or bfloat16 [R, V]; contiguous along V.
-        rows: int32[G], distinct.
+        masks: int32[R]: which mask is each row's; below 0 for a row that may draw anything.
         bits: int32[G, W], contiguous: a token a bit, 32 a word, the lowest bit first; 0 rules a token out.
             What lies beyond the last bit stays as it is.
     """
     if logits.is_cuda:
         from kernels.cuda import allow as cuda
 
-        cuda.allow(logits, rows, bits)
+        cuda.allow(logits, masks, bits)
         return
-    places = torch.arange(32, dtype=torch.int32, device=bits.device)
-    ruled_out = (bits.unsqueeze(-1) >> places).bitwise_and_(1).view(len(bits), -1) == 0
-    part, index = logits[:, : ruled_out.shape[1]], rows.to(torch.int64)
+    places = torch.arange(32, dtype=torch.int32)
+    index = masks.ge(0).nonzero().flatten()
+    if not len(index):
+        return
+    words = bits.index_select(0, masks.index_select(0, index))
+    ruled_out = (words.unsqueeze(-1) >> places).bitwise_and_(1).view(len(words), -1) == 0
+    part = logits[:, : ruled_out.shape[1]]
     kept = part.index_select(0, index).masked_fill_(ruled_out[:, : part.shape[1]], NEG_INF)
     part.index_copy_(0, index, kept)
 

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from kernels.rows import (
     GOES_ON,
+    HELD,
     NAN,
     NUM_NUMBERS,
     NUMBERS_AT,
@@ -26,6 +27,7 @@ ACCEPT_BLOCK = 8
 STOPS = 64
 
 _GOES_ON, _NAN, _WAS_DONE = tl.constexpr(GOES_ON), tl.constexpr(NAN), tl.constexpr(WAS_DONE)
+_HELD = tl.constexpr(HELD)
 _LENGTH, _STOP = tl.constexpr(LENGTH), tl.constexpr(STOP)
 _RECORD_WORDS, _SEED_AT = tl.constexpr(RECORD_WORDS), tl.constexpr(SEED_AT)
 _NUMBERS_AT, _NUM_NUMBERS = tl.constexpr(NUMBERS_AT), tl.constexpr(NUM_NUMBERS)
@@ -254,6 +256,35 @@ def _allocate(num_tokens: int, num_rows: int, device: torch.device) -> Gathered:
         slot_mapping=torch.empty(num_tokens, dtype=torch.int64, device=device),
         seq_lens=torch.empty(num_rows, dtype=i32, device=device),
     )
+
+
+@triton.jit(do_not_specialize=["num_rows", "padding_slot"])
+def _hold_kernel(slots, masks, done, num_computed, out, num_rows, padding_slot, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    slot = tl.load(slots + row, mask=inside, other=0)
+    held = tl.load(masks + row, mask=inside, other=0) == _HELD
+    held &= tl.load(done + slot, mask=inside, other=1) == 0
+    computed = tl.load(num_computed + slot, mask=held, other=0)
+    tl.store(num_computed + slot, computed - 1, mask=held)
+    tl.store(out + row, tl.where(held, padding_slot, slot), mask=inside)
+
+
+def hold(state: RowState, slots: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """See `kernels.rows.hold`."""
+    num_rows, out = slots.shape[0], torch.empty_like(slots)
+    _hold_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        slots,
+        masks,
+        state.done.view(torch.uint8),
+        state.num_computed,
+        out,
+        num_rows,
+        state.padding_slot,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return out
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -230,7 +230,9 @@ class _Step:
                 shared = self._shared_prompt(leader, sequence)
                 if shared is None:
                     break
-                blocks = max(shared, worker.hits(sequence), key=len)
+                # The leader's own where there are others of the same content: what the group needs at most
+                # was reckoned with its prompt's blocks once.
+                blocks = shared + worker.hits(sequence)[len(shared) :]
                 if not self._can_start(blocks):
                     break
                 group.followers.remove(sequence)

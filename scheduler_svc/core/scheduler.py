@@ -254,10 +254,14 @@ class Scheduler:
             entries = []
             if event.logprobs and sequence.group.samplings[sequence.index].num_logprobs is not None:
                 entries = list(islice(logprobs, count))
-            if sequence.finish is not None or not (count or row in ended):
+            if sequence.finish is not None:
                 continue  # it ended before; what the step drew for it is discarded
             history = sequence.tokens
             history.extend(new)
+            if count < flight.num_iterations and row not in ended:
+                worker.fell_behind(sequence)
+                if not count:
+                    continue
             if len(history) > sequence.index_at:
                 worker.index_blocks(sequence, len(history) - 1)
             if sequence.session != session:

@@ -122,6 +122,13 @@ class Worker:
         self.gathering.pop(group.key, None)
         return max(steps, default=-1)
 
+    def fell_behind(self, sequence: Sequence) -> None:
+        """The row of `sequence` sat iterations out, of which the step's answer has come: count anew what is
+        computed and what the steps in flight will compute."""
+        slot, rows = sequence.slot, self.rows
+        coming = sum(f.num_iterations for f in self.inflight if any(s is sequence for s in f.sampling))
+        rows.scheduled[slot] = min(len(sequence.tokens) - 1 + coming, int(rows.last[slot]))
+
     def append_blocks(self, sequence: Sequence, count: int) -> list[int]:
         """Add `count` new blocks to the table of `sequence`."""
         blocks = self.allocator.allocate(count)

@@ -28,8 +28,9 @@ from tests.support.model_device import STOP_ID, VOCAB, ModelDevice, expected_out
 class World:
     """A core, its devices and its callers, driven by a seeded random choice of what happens next."""
 
-    def __init__(self, seed: int, config: CoreConfig, **sizes: int) -> None:
+    def __init__(self, seed: int, config: CoreConfig, holds: bool = False, **sizes: int) -> None:
         self.random = random.Random(seed)
+        self.holds = random.Random(seed) if holds else None
         self.core = Scheduler(config)
         self.sizes = sizes
         self.devices: dict[str, ModelDevice] = {}
@@ -50,7 +51,7 @@ class World:
             max_model_len=self.sizes.get("context", 200),
             max_batched_tokens=self.sizes["budget"], max_horizon=self.sizes.get("horizon", 4), max_inflight=3,
         )  # fmt: skip
-        self.devices[name], self.answers[name] = ModelDevice(event), deque()
+        self.devices[name], self.answers[name] = ModelDevice(event, holds=self.holds), deque()
         self.apply(event)
 
     def lose(self, name: str) -> None:
@@ -159,8 +160,11 @@ def random_prompt(world: World, shared: list[list[int]]) -> list[int]:
     return (head[: choose.randrange(len(head) + 1)] + tail) or [1]
 
 
-def run_world(seed: int, steps: int, config: CoreConfig, workers: int = 1, deaths: bool = True, **sizes: int):
-    world = World(seed, config, **sizes)
+def run_world(
+    seed: int, steps: int, config: CoreConfig, workers: int = 1, deaths: bool = True, holds: bool = False,
+    **sizes: int,
+) -> World:  # fmt: skip
+    world = World(seed, config, holds, **sizes)
     choose = world.random
     shared = [[choose.randrange(VOCAB) for _ in range(40)] for _ in range(3)]
     names = [f"w{i}" for i in range(workers)]
@@ -205,15 +209,17 @@ def run_world(seed: int, steps: int, config: CoreConfig, workers: int = 1, death
     slots=st.sampled_from((4, 16)),
     budget=st.sampled_from((17, 60, 500)),
     workers=st.sampled_from((1, 1, 2)),
+    holds=st.booleans(),
 )
 def test_every_request_gets_its_tokens(
     seed: int, depth: int, horizon: int, prefix: bool, blocks: int, block_size: int, slots: int, budget: int,
-    workers: int,
+    workers: int, holds: bool,
 ) -> None:  # fmt: skip
     config = CoreConfig(
         max_inflight=depth, horizon_us=horizon, prefix_cache=prefix, max_batched_tokens=budget
     )
-    run_world(seed, 600, config, workers, blocks=blocks, block_size=block_size, slots=slots, budget=budget)
+    sizes = {"blocks": blocks, "block_size": block_size, "slots": slots, "budget": budget}
+    run_world(seed, 600, config, workers, holds=holds, **sizes)
 
 
 def test_small_cache_preempts() -> None:

@@ -7,6 +7,7 @@ block tables, early reuse, missing copies and false prefix hits are all seen.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
 from scheduler_svc.core.events import LogprobEntry, Plan, PromptLogprobs, RowEnd, StepDone, WorkerAttached
@@ -47,6 +48,7 @@ class Row:
     last_position: int
     seed: int
     stops: tuple[int, ...]
+    num_known: int
     num_told: int = 0
     """Tokens of the prompt, if their logprobs are wanted."""
     done: bool = False
@@ -60,6 +62,8 @@ class ModelDevice:
     rows: dict[int, Row] = field(default_factory=dict)
     cells: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     next_step: int = 0
+    holds: random.Random | None = None
+    """Lets rows that decode sit iterations out, as rows of grammars may."""
 
     def run(self, plan: Plan) -> StepDone:
         """Apply `plan` in the order that the wire prescribes, checking every rule on the way."""
@@ -84,10 +88,13 @@ class ModelDevice:
             if slot in forks:
                 parent = self.rows[forks[slot].parent_slot]
                 row.tokens, row.blocks = parent.tokens[: forks[slot].num_prompt_tokens], list(parent.blocks)
-                row.num_computed = len(row.tokens)
+                row.num_computed = row.num_known = len(row.tokens)
                 drawn = self._sample(row, ended, len(sampled))
             else:
-                drawn = self._forward(row, count, plan.num_iterations, ended, len(sampled))
+                iterations = plan.num_iterations
+                if self.holds and row.num_computed >= row.num_known and count == 1:
+                    iterations = self.holds.randint(0, iterations)
+                drawn = self._forward(row, count, iterations, ended, len(sampled))
             if drawn is not None:
                 tokens.extend(drawn)
                 sampled.append(len(drawn))
@@ -112,7 +119,7 @@ class ModelDevice:
             assert new.slot not in self.rows, "a row was put into a slot that is taken"
             self.rows[new.slot] = Row(
                 list(new.tokens), new.num_computed, list(new.blocks), new.last_position,
-                new.sampling.seed, new.sampling.stop_token_ids,
+                new.sampling.seed, new.sampling.stop_token_ids, len(new.tokens),
                 0 if new.sampling.num_prompt_logprobs is None else new.num_prompt_tokens,
             )  # fmt: skip
         for slot, block in zip(plan.append_slots, plan.append_blocks, strict=True):

@@ -11,7 +11,7 @@ from kernels.cuda import allow as cuda
 from kernels.sample import allow
 
 DEVICE = support.device()
-TYPES = {"logits": "*fp32", "rows": "*i32", "bits": "*i32"}
+TYPES = {"logits": "*fp32", "masks": "*i32", "bits": "*i32"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,12 +20,12 @@ TYPES = {"logits": "*fp32", "rows": "*i32", "bits": "*i32"}
 def test_it_equals_the_reference(dtype, width, words):
     generator = torch.Generator().manual_seed(width + words)
     logits = torch.randn(6, width + 3, generator=generator).to(dtype)[:, :width]
-    rows = torch.tensor([4, 0, 3], dtype=torch.int32)
+    masks = torch.tensor([1, -1, -2, 2, 0, 1], dtype=torch.int32)
     bits = torch.randint(-(2**31), 2**31, (3, words), generator=generator).to(torch.int32)
     expected = logits.clone()
-    allow(expected, rows, bits)
+    allow(expected, masks, bits)
     got = torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device=DEVICE).copy_(logits)
-    cuda.allow(got, rows.to(DEVICE), bits.to(DEVICE))
+    cuda.allow(got, masks.to(DEVICE), bits.to(DEVICE))
     assert torch.equal(got.cpu(), expected)
     assert 0 < expected.isinf().sum() < expected.numel()
 
@@ -33,7 +33,7 @@ def test_it_equals_the_reference(dtype, width, words):
 @pytest.mark.parametrize("arch", support.ARCHS)
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
 def test_it_compiles_for(arch, logits):
-    names = ("logits", "rows", "bits", "stride", "num_words", "width")
+    names = ("logits", "masks", "bits", "stride", "num_words", "width")
     signature = {name: (TYPES | {"logits": logits}).get(name, "i32") for name in names}
     compiled = support.compile_for(cuda.allow_kernel, arch, signature, {"BLOCK": cuda.BLOCK}, {}, ["stride"])
     assert compiled.spilled == 0

@@ -142,6 +142,22 @@ def test_gather_decodes_and_accept(seed: int) -> None:
     same(expected, got)
 
 
+def test_hold() -> None:
+    expected = random_state(3)
+    got = clone(expected, device())
+    slots = padded(torch.randperm(SLOTS)[:9], 12)
+    masks = torch.tensor([rows.HELD, -1, 0] * 4, dtype=I32)
+    before, live = expected.num_computed.clone(), ~expected.done[slots]
+    takers = rows.hold(expected, slots, masks)
+    there = cuda_rows.hold(got, slots.to(device()), masks.to(device()))
+    torch.testing.assert_close(there.cpu(), takers, rtol=0, atol=0)
+    same(expected, got)
+    held = slots[(masks == rows.HELD) & live]
+    assert len(held) and torch.equal(takers != slots, (masks == rows.HELD) & live)
+    before[held] -= 1
+    assert torch.equal(expected.num_computed, before)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_gather_chunks(seed: int) -> None:
     expected = random_state(seed)
@@ -198,6 +214,10 @@ def test_they_compile(arch: int) -> None:
         cuda_rows._gather_chunks_kernel: (
             [i64, i32, i32, i32, i32, i32, i32, i32, i64, "i32", "i32", "i32"],
             {"BLOCK_SIZE": 16, "BLOCK": cuda_rows.BLOCK},
+        ),
+        cuda_rows._hold_kernel: (
+            [i64, i32, u8, i32, i64, "i32", "i32"],
+            {"BLOCK": cuda_rows.BLOCK},
         ),
         cuda_rows._accept_kernel: (
             [i64, i32, u8, i32, i32, i32, i32, i32, i32, i32, i32, u8, "i32", "i32", "i32"],

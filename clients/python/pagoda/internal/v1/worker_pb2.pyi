@@ -658,7 +658,9 @@ class StepResult(google.protobuf.message.Message):
 
     @property
     def num_sampled(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """num_sampled is parallel to the sampling rows; empty when every one has num_iterations tokens."""
+        """num_sampled is parallel to the sampling rows; empty when every one has num_iterations tokens. A row that
+        decodes may have fewer and not have ended: it sat iterations out, and goes on with the next step.
+        """
 
     @property
     def ended_rows(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
