@@ -14,8 +14,8 @@ from gpu_worker.grammar import Entering
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.output import Launched, OutputThread, collect, microseconds
 from gpu_worker.runner import Runner
-from gpu_worker.spans import Report, RowSpans
-from gpu_worker.staging import Batch, Diff, Stager, StepError
+from gpu_worker.spans import RowSpans
+from gpu_worker.staging import Stager, StepError
 from pagoda.internal.v1 import worker_pb2
 from pagoda.v1 import scheduler_pb2
 
@@ -35,7 +35,6 @@ class _Reset:
 
 
 _Item = tuple[worker_pb2.Step, Entering] | _Reset
-_Staged = tuple[Diff, Batch, Report | None]
 
 
 class DeviceExecutor:
@@ -59,9 +58,6 @@ class DeviceExecutor:
         self._epoch = 0
         self._on_result, self._on_failure = on_result, on_failure
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        # What was taken from the queue while its predecessor ran, staged if it is a step.
-        self._ahead: list[_Item | None] = []
-        self._staged: _Staged | None = None
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
 
         # A CPU is done with a step when the call returns; any other device is given the next one meanwhile.
@@ -118,7 +114,7 @@ class DeviceExecutor:
         ended = None
         broken = False
         while True:
-            waited = self._queue.empty() and not self._ahead
+            waited = self._queue.empty()
             item = self._next()
             if item is None:
                 return
@@ -147,8 +143,6 @@ class DeviceExecutor:
     def _next(self) -> _Item | None:
         """What to do next. At rest, graphs are captured until it comes, and memory is given back that only
         the largest steps need: a step would wait for either."""
-        if self._ahead:
-            return self._ahead.pop()
         graphs = self._runner.graphs
         if graphs is not None:
             try:
@@ -162,14 +156,16 @@ class DeviceExecutor:
 
     def _step(self, step: worker_pb2.Step, entering: Entering, started: float, idle: float) -> float:
         """Run one step; returns when the host was done with it."""
-        diff, batch, report = self._staged or self._stage(step)
-        self._staged = None
+        if step.epoch != self._epoch:
+            raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
+        diff, batch = self._stager.stage(step)
+        report = self._spans.staged(step, batch.sampling)
         self._runner.grammars.change(step.released_slots, entering)
         staged = time.perf_counter()
         if self._output is not None:
             events = self._output.events.take()
             events[0].record(self._stream)
-            outputs = self._runner.run(diff, batch, self._stage_next)
+            outputs = self._runner.run(diff, batch)
             events[1].record(self._stream)
             self._output.put(Launched(step.epoch, step.step_id, outputs, events, staged - started, report))
             return time.perf_counter()
@@ -183,21 +179,6 @@ class DeviceExecutor:
         reported = time.perf_counter()
         self._metrics.step(staged - started, ended - staged, reported - ended, idle, len(result.tokens))
         return ended
-
-    def _stage(self, step: worker_pb2.Step) -> _Staged:
-        if step.epoch != self._epoch:
-            raise StepError(f"step {step.step_id} is of epoch {step.epoch}, the session's is {self._epoch}")
-        diff, batch = self._stager.stage(step)
-        return diff, batch, self._spans.staged(step, batch.sampling)
-
-    def _stage_next(self) -> None:
-        """Take and stage the next step, if it is there: the host has nothing else to do just now."""
-        if self._ahead or self._queue.empty():
-            return
-        item = self._queue.get()
-        self._ahead = [item]
-        if item is not None and not isinstance(item, _Reset):
-            self._staged = self._stage(item[0])
 
     def _report(self, result: worker_pb2.StepResult, step: Launched) -> None:
         """A result of the output thread."""

@@ -1,19 +1,22 @@
 """Grammars that outputs follow: which tokens each such row may draw next.
 
 A row's matcher is llguidance's. It starts from the output tokens that the row enters with, so that a first
-run, a resume and a replay are one, and follows what the device draws. The masks of an iteration are filled
-while its forward runs: the host, having launched it, waits for the tokens of the iteration before, which the
-device has drawn by then. A mask that takes longer than a forward makes nobody wait but its row, which sits
-that iteration out (see `kernels.rows.hold`).
+run, a resume and a replay are one, and follows what the device draws. Masks are filled by threads while the
+device runs, which is never waited for and never waits: it writes what rows drew into host memory, looks there
+for their masks when it comes to draw again, and a row whose mask is not there sits that iteration out (see
+`kernels.rows.Masks`). Only a row's first mask is waited for, before the step that needs it.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,24 +24,20 @@ import numpy as np
 import structlog
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import fill_next_token_bitmask
 
-from gpu_worker.batch import ALIGNMENT
-from kernels.rows import GOES_ON, HELD
+from kernels.rows import FREE, Masks
 from pagoda.internal.v1 import worker_pb2
 from pagoda.v1 import scheduler_pb2
 
 NUM_THREADS = 2
 NUM_FILLERS = min(8, len(os.sched_getaffinity(0)))
-# How long to sleep between two looks at masks that are being filled.
-LOOK_EVERY_S = 20e-6
-FREE = -1
+# How long to sleep between two looks at what rows drew: while they draw, and after a while without.
+LOOK_EVERY_S, IDLE_LOOK_EVERY_S, IDLE_S = 20e-6, 1e-3, 0.02
+# Masks beyond one for each slot, so that one that is given back is rarely wanted at once.
+SPARE_MASKS = 64
 # Rows of one grammar share its lexers, which get faster with use, but serve one row at a time.
 NUM_LEXERS = min(8, max(1, len(os.sched_getaffinity(0)) // 2))
 NUM_COMPILED = 64 * NUM_LEXERS  # kept
-
-Constrained = Sequence[tuple[int, int]]
-"""Rows of a batch that follow grammars: place among the sampling rows, and slot."""
 
 
 class _Tokens:
@@ -62,10 +61,20 @@ class _Tokens:
 
 @dataclass(eq=False)
 class Row:
-    """A row's matcher, and what it may draw next (int32[1, W], a bit a token), there when that is done."""
+    """A row that follows a grammar, in or on its way to a slot.
 
-    matcher: Future[LLMatcher]
-    bits: np.ndarray
+    Attributes:
+        started: its matcher, once it has followed the output that the row enters with, and its first mask.
+        num_tokens: with how many tokens the row draws next.
+        mask: the place of its mask, from its first draw on.
+        has_job: whether a thread is at its mask, or will be.
+        ended: whether it needs no more masks.
+    """
+
+    started: Future[tuple[LLMatcher, np.ndarray]]
+    num_tokens: int
+    mask: int = FREE
+    has_job: bool = False
     ended: bool = False
 
 
@@ -75,22 +84,29 @@ Entering = dict[int, Row]
 
 class Grammars:
     """Matchers of the rows in slots. `learn` and `prepare` belong to the thread that receives steps, all else
-    to the one that runs them; what takes long is done by threads of its own."""
+    to the one that runs them; what takes long is done by threads of its own.
+
+    Attributes:
+        masks: what rows may draw, where the device looks for it.
+    """
 
     def __init__(self, vocab_size: int, max_slots: int, device: torch.device) -> None:
-        self._vocab_size, self._words = vocab_size, -(-vocab_size // 32)
+        self._vocab_size = vocab_size
         self._on_device = device.type != "cpu"
-        # Which mask is each row's, and the masks, at a fixed place of the device: a graph may read them.
-        self._start = -(-max_slots // ALIGNMENT) * ALIGNMENT
-        size = self._start + max_slots * self._words
-        self._staged = torch.full((size,), FREE, dtype=torch.int32, pin_memory=self._on_device)
-        self._there = self._staged.to(device)
-        # What the last iteration drew, and whose it is, by place.
-        self._drawn = torch.empty(2 * max_slots, dtype=torch.int32, pin_memory=self._on_device)
-        self._values = self._drawn
-        self._unread: list[tuple[int, Row]] = []
-        if self._on_device:
-            self._forward, self._draw = torch.cuda.Event(), torch.cuda.Event()
+        count, pin = max_slots + SPARE_MASKS, self._on_device
+        self.masks = Masks(
+            of_slot=torch.full((max_slots + 1,), FREE, dtype=torch.int32, device=device),
+            bits=torch.zeros((count, -(-vocab_size // 32)), dtype=torch.int32, pin_memory=pin),
+            num_tokens=torch.zeros(count, dtype=torch.int32, pin_memory=pin),
+            drawn=torch.zeros(count, dtype=torch.int64, pin_memory=pin),
+        )
+        self._bits, self._num_tokens = self.masks.bits.numpy(), self.masks.num_tokens.numpy()
+        self._drawn = self.masks.drawn.numpy()
+        self._seen = self._drawn.copy()
+        # Masks that no row uses, each with the row that did and an event after the device's last look at it.
+        self._spare: deque[tuple[int, Row | None, torch.cuda.Event | None]] = deque(
+            (mask, None, None) for mask in range(count)
+        )
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar")
         self._vocabulary: scheduler_pb2.Vocabulary | None = None
         self._tokens: Future[_Tokens] = Future()
@@ -98,8 +114,14 @@ class Grammars:
         self._compiled = lru_cache(NUM_COMPILED)(
             lambda grammar, lexer: self._threads.submit(_compiled, self._tokens, grammar)
         )
-        self._fillers = ThreadPoolExecutor(NUM_FILLERS, thread_name_prefix="masks")
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, Row] = {}  # by slot
+        self._drawing: dict[int, Row] = {}  # by mask
+        self._is_stale = False  # whether the device knows another `of_slot`
+        self._jobs: queue.SimpleQueue[tuple[Row, int]] = queue.SimpleQueue()
+        self._anyone = threading.Event()
+        if self._on_device:
+            for target in [self._watch, *[self._work] * NUM_FILLERS]:
+                threading.Thread(target=target, name="masks", daemon=True).start()
 
     def learn(self, vocabulary: scheduler_pb2.Vocabulary) -> None:
         """What tokens stand for, from here on."""
@@ -114,92 +136,119 @@ class Grammars:
         entering = {}
         for i, row in enumerate(rows, len(self._rows)):
             compiled = self._compiled(row.sampling.grammar, i % NUM_LEXERS)
-            output, bits = row.tokens[row.num_prompt_tokens :], np.zeros((1, self._words), np.int32)
-            entering[row.slot] = Row(self._threads.submit(_started, compiled, output, bits), bits)
+            output = row.tokens[row.num_prompt_tokens :]
+            started = self._threads.submit(_started, compiled, output, self._bits.shape[1])
+            entering[row.slot] = Row(started, row.num_prompt_tokens + len(output))
         return entering
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._rows.clear()
-        self._unread = []
+        self.change(list(self._rows), {})
 
     def change(self, released: Iterable[int], entering: Entering) -> None:
         """Follow a step's changes of rows."""
-        for slot in released:
-            self._rows.pop(slot, None)
+        gone = [row for slot in released if (row := self._rows.pop(slot, None)) is not None]
+        event = torch.cuda.Event() if gone and self._on_device else None
+        if event is not None:
+            event.record()
+        for row in gone:
+            row.ended = True
+            if row.mask != FREE:
+                del self._drawing[row.mask]
+                self._spare.append((row.mask, row, event))
+                self._is_stale = True
         self._rows.update(entering)
 
-    def masks(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where an iteration of so many rows finds which mask is whose (int32[num_rows], see
-        `kernels.sample.allow` and `kernels.rows.hold`) and the masks (int32[max_slots, W]): the same places
-        each time."""
-        return self._there[:num_rows], self._there[self._start :].view(-1, self._words)
+    def begin(self, slots: Sequence[int]) -> None:
+        """Before a step that these rows draw in: wait for first masks, and tell the device whose each is."""
+        for slot in slots:
+            if (row := self._rows[slot]).mask == FREE:
+                self._start(row)
+                self._is_stale = True
+        if self._is_stale:
+            self._is_stale = False
+            of_slot = torch.full(
+                self.masks.of_slot.shape, FREE, dtype=torch.int32, pin_memory=self._on_device
+            )
+            for slot, row in self._rows.items():
+                of_slot[slot] = row.mask
+            # Pinned memory is torch's, which uses none again before the copy out of it is done.
+            self.masks.of_slot.copy_(of_slot, non_blocking=True)
 
-    def fill(
-        self, constrained: Constrained, num_rows: int, may_hold: bool,
-        meanwhile: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
-        """Put what rows may draw next where `masks` says, for the work queued from here on. A row whose
-        grammar failed may draw nothing, and so fails.
-
-        Waits for what the iterations so far drew, and for all masks; with `may_hold` only until the device
-        is done with the forward that is queued by now. Before, it calls `meanwhile`.
-        """
-        if self._on_device:
-            self._forward.record()
-        self._catch_up()
-        rows = [(place, row) for place, slot in constrained if not (row := self._rows[slot]).ended]
-        if meanwhile is not None:
-            meanwhile()
-        matchers = [row.matcher for _, row in rows]
-        if not (may_hold and self._on_device):
-            wait(matchers)
-        while not all(matcher.done() for matcher in matchers) and not self._forward.query():
+    def _start(self, row: Row) -> None:
+        row.mask, last, event = self._spare.popleft()
+        while last is not None and last.has_job:
             time.sleep(LOOK_EVERY_S)
-        staged = self._staged.numpy()
-        bits = staged[self._start :].reshape(-1, self._words)
-        staged[:num_rows] = FREE
-        for i, (place, row) in enumerate(rows):
-            if not row.matcher.done():
-                staged[place] = HELD
+        if event is not None:
+            event.synchronize()
+        self._seen[row.mask] = self._drawn[row.mask]
+        self._fill(row, None)
+        self._drawing[row.mask] = row
+        self._anyone.set()
+
+    def settle(self) -> None:
+        """Where the host computes itself: fill the masks that the draws so far ask for."""
+        if not self._on_device:
+            for row, token in self._look():
+                self._fill(row, token)
+
+    def _look(self) -> list[tuple[Row, int]]:
+        """Rows that have drawn since the last look and go on, and their tokens."""
+        drawn = self._drawn.copy()
+        jobs = []
+        for mask in np.flatnonzero(drawn != self._seen).tolist():
+            value = int(drawn[mask])
+            self._seen[mask] = value
+            row = self._drawing.get(mask)
+            if row is None or row.ended or value >> 32 != row.num_tokens + 1:
                 continue
-            staged[place] = i
-            bits[i] = row.bits[0] if self._goes_on(row) else 0
-            self._unread.append((place, row))
-        if self._on_device:
-            size = self._start + len(rows) * self._words
-            self._there[:size].copy_(self._staged[:size], non_blocking=True)
-
-    def follow(self, drawn: torch.Tensor) -> None:
-        """Note what the iteration drew whose masks were the last: int32[2, R] on the device, see
-        `kernels.rows.accept`."""
-        self._values = self._drawn[: drawn.numel()].view(drawn.shape)
-        self._values.copy_(drawn, non_blocking=True)
-        if self._on_device:
-            self._draw.record()
-
-    def _catch_up(self) -> None:
-        """Let matchers follow what was drawn. From then on nothing on the device uses what was staged."""
-        if self._on_device:
-            self._draw.synchronize()
-        tokens, outcomes = self._values.tolist() if self._unread else ((), ())
-        for place, row in self._unread:
-            row.ended = row.ended or outcomes[place] != GOES_ON
+            row.num_tokens += 1
+            row.ended = bool(value >> 31 & 1)
             if not row.ended:
-                matcher = row.matcher.result()
-                row.matcher = self._fillers.submit(_filled, matcher, [tokens[place]], row.bits)
-        self._unread = []
+                jobs.append((row, value & 0x7FFFFFFF))
+        return jobs
 
-    def _goes_on(self, row: Row) -> bool:
-        """Whether the matcher of a row, which is done, has not failed."""
-        if (error := row.matcher.exception()) is None:
-            return True
-        row.ended = True
-        # Without what it quotes: outputs and schemas are nobody's but their owner's.
-        reason = re.split('["\n]', str(error), maxsplit=1)[0]
-        structlog.get_logger().warning("a grammar failed", service="worker", reason=reason)
-        self._compiled.cache_clear()  # what was shared may be what failed
-        return False
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while self._anyone.wait():
+            if not self._drawing:
+                self._anyone.clear()
+                if self._drawing:  # since a moment ago
+                    self._anyone.set()
+                continue
+            if jobs := self._look():
+                last = time.monotonic()
+            for row, token in jobs:
+                row.has_job = True
+                self._jobs.put((row, token))
+            time.sleep(LOOK_EVERY_S if time.monotonic() - last < IDLE_S else IDLE_LOOK_EVERY_S)
+
+    def _work(self) -> None:
+        while True:
+            row, token = self._jobs.get()
+            if not row.ended:
+                self._fill(row, token)
+            row.has_job = False
+
+    def _fill(self, row: Row, token: int | None) -> None:
+        """Let a row's matcher follow `token` and put its mask where the device looks; without `token` it is
+        the first. A row whose grammar fails may draw nothing, and so fails."""
+        bits = self._bits[row.mask]
+        try:
+            matcher, first = row.started.result()
+            if token is None:
+                bits[:] = first
+            else:
+                matcher.consume_token(token)
+                matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+                _check(matcher)
+        except Exception as error:  # llguidance's, of several kinds
+            bits[:] = 0
+            # Without what it quotes: outputs and schemas are nobody's but their owner's.
+            reason = re.split('["\n]', str(error), maxsplit=1)[0]
+            structlog.get_logger().warning("a grammar failed", service="worker", reason=reason)
+            self._compiled.cache_clear()  # what was shared may be what failed
+        self._num_tokens[row.mask] = row.num_tokens
 
 
 def _compiled(tokens: Future[_Tokens], grammar: str) -> LLMatcher:
@@ -209,14 +258,16 @@ def _compiled(tokens: Future[_Tokens], grammar: str) -> LLMatcher:
     return matcher
 
 
-def _started(compiled: Future[LLMatcher], output: list[int], bits: np.ndarray) -> LLMatcher:
-    return _filled(compiled.result().deep_copy(), output, bits)
+def _started(compiled: Future[LLMatcher], output: list[int], num_words: int) -> tuple[LLMatcher, np.ndarray]:
+    matcher = compiled.result().deep_copy()
+    matcher.consume_tokens(output)
+    bits = np.zeros(num_words, np.int32)
+    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+    _check(matcher)
+    return matcher, bits
 
 
-def _filled(matcher: LLMatcher, tokens: list[int], bits: np.ndarray) -> LLMatcher:
-    """Let a matcher follow tokens, and fill its mask."""
-    matcher.consume_tokens(tokens)
-    fill_next_token_bitmask(matcher, bits)
-    if matcher.is_error():  # llguidance lets one that fails end as if it were done
+def _check(matcher: LLMatcher) -> None:
+    """llguidance lets a matcher that failed end as if it were done."""
+    if matcher.is_error():
         raise ValueError(matcher.get_error())
-    return matcher

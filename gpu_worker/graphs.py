@@ -8,7 +8,7 @@ everything between the staged block and the drawn tokens. Its inputs are a block
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -31,9 +31,9 @@ Draw = Callable[[torch.Tensor, Inputs, Shape], None]
 class Part(Enum):
     """What of an iteration a graph holds."""
 
-    WHOLE = auto()
     LOGITS = auto()  # all before sampling
-    DRAW = auto()  # sampling, from the logits of `LOGITS` and within the masks of grammars
+    WHOLE = auto()
+    MASKED = auto()  # the whole, within the masks of grammars
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,15 @@ class Graphs:
     def __init__(
         self,
         compute: Compute,
-        draw: Draw,
-        draw_within_masks: Draw,
+        draws: Mapping[Part, Draw],
         rows: Rows,
         padding: Padding,
         num_logits: int,
         device: torch.device,
     ) -> None:
-        """`compute` goes from inputs to logits, `num_logits` of a row; `draw` samples from them where no row
-        asks for more than a temperature and a seed, `draw_within_masks` where rows follow grammars beside;
-        `padding` says which shapes will come."""
-        self._compute, self._rows = compute, rows
-        self._draws = {Part.WHOLE: draw, Part.DRAW: draw_within_masks}
+        """`compute` goes from inputs to logits, `num_logits` of a row; `draws` sample from them where no row
+        asks for more than a temperature, a seed and a grammar; `padding` says which shapes will come."""
+        self._compute, self._draws, self._rows = compute, draws, rows
         self._captured: dict[tuple[Shape, Part], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         shapes = padding.shapes()
@@ -91,7 +88,7 @@ class Graphs:
         return None
 
     def takes(self, batch: Batch, part: Part) -> bool:
-        """Whether a graph is to run a part of a batch: it is there, or worth its capture by now."""
+        """Whether a graph is to run this part of a batch: it is there, or worth its capture by now."""
         key = batch.shape, part
         if key in self._captured:
             return True
@@ -100,15 +97,13 @@ class Graphs:
         self._missed[key] += 1
         return self._missed[key] >= PATIENCE
 
-    def load(self, batch: Batch, is_drawn: bool) -> Inputs:
-        """Put a batch where the graphs of its shape read it; `is_drawn` by a graph, too."""
-        if is_drawn and (batch.shape, Part.DRAW) not in self._captured:
-            self.capture(batch.shape, Part.DRAW)
+    def load(self, batch: Batch) -> Inputs:
+        """Put a batch where the graphs of its shape read it."""
         return self._load(batch, Part.LOGITS).inputs
 
-    def replay(self, batch: Batch) -> None:
+    def replay(self, batch: Batch, part: Part) -> None:
         """Run all iterations of a batch, sampling included."""
-        graph = self._load(batch, Part.WHOLE).graph
+        graph = self._load(batch, part).graph
         for _ in range(batch.num_iterations):
             graph.replay()
 
@@ -117,10 +112,6 @@ class Graphs:
         captured = self._captured[shape, Part.LOGITS]
         captured.graph.replay()
         return captured.logits
-
-    def replay_draw(self, shape: Shape) -> None:
-        """Draw from the logits that were replayed last, which it changes, within the masks of grammars."""
-        self._captured[shape, Part.DRAW].graph.replay()
 
     def _load(self, batch: Batch, part: Part) -> _Captured:
         if (batch.shape, part) not in self._captured:
@@ -135,17 +126,13 @@ class Graphs:
         inputs = unpack(block, shape, rows.iota)
 
         def iteration() -> torch.Tensor:
-            logits = self._logits[: shape.samples]
-            if part is not Part.DRAW:
-                logits = self._compute(inputs, logits)
+            logits = self._compute(inputs, self._logits[: shape.samples])
             if part in self._draws:
                 self._draws[part](logits, inputs, shape)
             return logits
 
         # Once outside the capture: kernels are compiled and libraries make their workspaces there.
         block.copy_(torch.from_numpy(padding_alone(shape, rows.state.padding_slot)))
-        if part is Part.DRAW:
-            inputs.iteration.zero_()  # as a forward leaves it
         iteration()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +14,7 @@ from gpu_worker.models.decoder import Decoder
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
-from kernels.rows import accept, fork, hold
+from kernels.rows import Masks, accept, fork, hold, note
 from kernels.sample import Features, SampledLogprobs, allow, raw_logprobs, sample
 
 
@@ -68,8 +67,8 @@ class Runner:
         self.padding = padding or Padding()
         self.graphs: Graphs | None = None
         if padding is not None:
-            draws = self._draw_plainly, self._draw_within_masks
-            self.graphs = Graphs(self._compute, *draws, rows, self.padding, model.num_logits, device)
+            draws = {Part.WHOLE: self._draw_plainly, Part.MASKED: self._draw_within_masks}
+            self.graphs = Graphs(self._compute, draws, rows, self.padding, model.num_logits, device)
 
     def capture_first(self) -> None:
         """Capture the graphs without which nothing should be served."""
@@ -90,17 +89,19 @@ class Runner:
         """Change nothing in every way in which a step may change rows and blocks."""
         self._rows.rehearse(self._cache.tensors)
 
-    def run(self, diff: Diff, batch: Batch, meanwhile: Callable[[], None] | None = None) -> StepOutputs:
-        """Apply a step and run its iterations; where the host has to wait before the last one, it calls
-        `meanwhile`."""
+    def run(self, diff: Diff, batch: Batch) -> StepOutputs:
+        """Apply a step and run its iterations."""
         outputs = StepOutputs(batch.num_logprobs)
         self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
-        part = Part.LOGITS if batch.constrained or not _is_plain(batch) else Part.WHOLE
+        part = Part.LOGITS
+        if batch.features == Features(any_random=batch.features.any_random):
+            part = Part.MASKED if batch.constrained else Part.WHOLE
+        self.grammars.begin(batch.constrained)
         graphs = self.graphs if batch.forks is None and batch.prompts is None else None
         if graphs is not None and graphs.takes(batch, part):
-            self._replay(graphs, batch, part, outputs, meanwhile)
+            self._replay(graphs, batch, part, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
             drawn = self._drawn_view(batch.shape, batch.num_iterations)
@@ -136,25 +137,16 @@ class Runner:
         if batch.num_logprobs:
             self._draw_as_asked(i, self._model.logits(*hidden), inputs, batch, drawn, outputs)
 
-    def _replay(
-        self, graphs: Graphs, batch: Batch, part: Part, outputs: StepOutputs,
-        meanwhile: Callable[[], None] | None,
-    ) -> None:  # fmt: skip
-        """The same through a graph, cut before sampling where rows use more than temperature and seed. With
-        grammars and no more than that, what follows their masks is another graph."""
-        if part is Part.WHOLE:
-            graphs.replay(batch)
+    def _replay(self, graphs: Graphs, batch: Batch, part: Part, outputs: StepOutputs) -> None:
+        """The same through a graph, cut before sampling where rows use more than one knows how to draw."""
+        if part is not Part.LOGITS:
+            graphs.replay(batch, part)
             return
-        is_drawn = bool(batch.constrained) and _is_plain(batch) and graphs.takes(batch, Part.DRAW)
-        inputs = graphs.load(batch, is_drawn)
+        inputs = graphs.load(batch)
         drawn = self._drawn_view(batch.shape, batch.num_iterations)
         for i in range(batch.num_iterations):
             logits = graphs.replay_logits(batch.shape)
-            if is_drawn:
-                self._fill_masks(batch, meanwhile if i == batch.num_iterations - 1 else None)
-                graphs.replay_draw(batch.shape)
-                self.grammars.follow(drawn[i])
-            elif batch.num_logprobs:
+            if batch.num_logprobs:
                 self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
 
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,22 +158,13 @@ class Runner:
 
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""
-        self._draw(logits, inputs, Features(any_random=True), self._whole_view(shape), StepOutputs([]))
+        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
 
     def _draw_within_masks(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
-        """The same within the masks of grammars."""
-        features, masks = Features(any_random=True), self.grammars.masks(shape.samples)
-        self._draw(logits, inputs, features, self._whole_view(shape), StepOutputs([]), masks)
-
-    def _whole_view(self, shape: Shape) -> torch.Tensor:
-        return self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
-
-    def _fill_masks(self, batch: Batch, meanwhile: Callable[[], None] | None = None) -> None:
-        """Rows may be held where others gain by it, and only decodes: after a prompt's last token
-        the core has no way back."""
-        others = len(batch.num_logprobs) > len(batch.constrained)
-        may_hold = others and not batch.shape.is_ragged
-        self.grammars.fill(batch.constrained, batch.shape.samples, may_hold, meanwhile)
+        """The same where rows follow grammars."""
+        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), self.grammars.masks)
 
     def _draw_as_asked(
         self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,
@@ -193,30 +176,26 @@ class Runner:
             return
         most = batch.features.max_logprobs
         allowed = logits if most < 0 else logits.clone()
-        self._fill_masks(batch)
-        masks = self.grammars.masks(batch.shape.samples)
-        self._draw(allowed, inputs, replace(batch.features, max_logprobs=-1), drawn, outputs, masks)
-        self.grammars.follow(drawn[i])
+        self.grammars.settle()
+        features = replace(batch.features, max_logprobs=-1)
+        self._draw(allowed, inputs, features, drawn, outputs, self.grammars.masks)
         if most >= 0:
             raw = logits[:, : self._model.vocab_size].float()
             outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
 
     def _draw(
         self, logits: torch.Tensor, inputs: Inputs, features: Features, drawn: torch.Tensor,
-        outputs: StepOutputs, masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        outputs: StepOutputs, masks: Masks | None = None,
     ) -> None:  # fmt: skip
-        state, slots = self._rows.state, inputs.sample_slots
-        history = state.tokens, state.num_tokens, state.num_prompt
-        takers = slots
+        state = self._rows.state
+        slots = takers = inputs.sample_slots
         if masks is not None:
-            allow(logits, *masks)
-            takers = hold(state, slots, masks[0])
+            takers, of_row = hold(state, slots, masks)
+            allow(logits, of_row, masks.bits)
+        history = state.tokens, state.num_tokens, state.num_prompt
         sampled = sample(logits, slots, state.columns, *history, self._model.vocab_size, features)
         accept(state, takers, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
+        if masks is not None:
+            note(state, slots, of_row, sampled.token_ids, masks)
         if sampled.logprobs is not None:
             outputs.logprobs.append(sampled.logprobs)
-
-
-def _is_plain(batch: Batch) -> bool:
-    """Whether rows use no more than temperature and seed, grammars aside."""
-    return batch.features == Features(any_random=batch.features.any_random)

@@ -18,7 +18,6 @@ import torch
 
 from gpu_worker.batch import Padding, Shape, pack
 from gpu_worker.buffers import Staging
-from gpu_worker.grammar import Constrained
 from gpu_worker.prompt_logprobs import Wanted, wanted
 from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
 from kernels.attention import make_tiles
@@ -80,7 +79,8 @@ class Batch:
     """Slots of forks and of their parents, int64."""
     prompts: Wanted | None = None
     """The prompt tokens whose logprobs are to be reported; None where no row asked for any."""
-    constrained: Constrained = ()
+    constrained: Sequence[int] = ()
+    """Slots of the sampling rows that follow grammars."""
 
 
 class _HostRows:
@@ -345,10 +345,7 @@ class Stager:
         host = self._rows
         num_logprobs = host.num_logprobs[sampling].tolist()
         traits = int(np.bitwise_or.reduce(host.traits[sampling], initial=0))
-        constrained: Constrained = ()
-        if traits & Trait.GRAMMAR:
-            places = np.flatnonzero(host.traits[sampling] & Trait.GRAMMAR)
-            constrained = list(zip(places.tolist(), sampling[places].tolist(), strict=True))
+        constrained = sampling[(host.traits[sampling] & Trait.GRAMMAR) > 0] if traits & Trait.GRAMMAR else ()
         return Batch(
             num_iterations=step.num_iterations,
             shape=shape,
@@ -357,7 +354,7 @@ class Stager:
             features=features_of(traits, max(num_logprobs, default=-1)),
             num_logprobs=num_logprobs,
             sampling=sampling,
-            constrained=constrained,
+            constrained=[int(slot) for slot in constrained],
         )
 
     # ---------------------------------------------------------------------------------------- checks

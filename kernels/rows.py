@@ -21,8 +21,7 @@ WAS_DONE = -1
 GOES_ON = 0
 NAN = 3
 
-# Among the masks of sampling rows (see `kernels.sample.allow`): a row that draws nothing in an iteration.
-HELD = -2
+FREE = -1  # the mask of a row that may draw anything
 
 # The order of the counters, and of the 32-bit sampling columns, in the matrix below.
 COUNTERS = ("num_tokens", "num_prompt", "num_computed", "last_position")
@@ -260,24 +259,70 @@ def fork(state: RowState, slots: torch.Tensor, parents: torch.Tensor) -> None:
     inherited.index_copy_(1, slots, inherited.index_select(1, parents))
 
 
-def hold(state: RowState, slots: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Let rows sit an iteration out: the next one computes the same token again.
+@dataclass(frozen=True)
+class Masks:
+    """What rows that follow grammars may draw, kept by the host while the device runs: it looks at each mask
+    when it comes to draw, and a row whose mask is not there yet sits that iteration out. P masks of W words.
+
+    Attributes:
+        of_slot: int32[S] on the device: each row's mask, `FREE` for none.
+        bits: int32[P, W] in host memory, see `kernels.sample.allow`.
+        num_tokens: int32[P] in host memory: with how many tokens a row may draw within this mask.
+        drawn: int64[P] in host memory, from `note`: the row's tokens in the upper half; in the lower one
+            whether it is done (the highest bit) and its last token.
+    """
+
+    of_slot: torch.Tensor
+    bits: torch.Tensor
+    num_tokens: torch.Tensor
+    drawn: torch.Tensor
+
+
+def hold(state: RowState, slots: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let rows without their mask sit an iteration out: the next one computes the same token again.
 
     Args:
         state: `num_computed` of rows that are held goes back by one.
         slots: int64[R], distinct but for the padding slot.
-        masks: int32[R], `HELD` for those rows.
+        masks: of all rows.
 
     Returns:
         int64[R]: slots for `accept`, the padding slot in place of a row that is held.
+        int32[R]: the rows' masks; `FREE` for rows that are held or done.
     """
     if slots.is_cuda:
         from kernels.cuda import rows
 
         return rows.hold(state, slots, masks)
-    held = masks.eq(HELD).logical_and_(state.done.index_select(0, slots).logical_not_())
+    mask = masks.of_slot.index_select(0, slots).masked_fill_(state.done.index_select(0, slots), FREE)
+    due = masks.num_tokens.index_select(0, mask.clamp(min=0))
+    held = mask.ne(FREE).logical_and_(due.ne(state.num_tokens.index_select(0, slots)))
     state.num_computed.index_add_(0, slots, held.to(torch.int32).neg_())
-    return slots.masked_fill(held, state.padding_slot)
+    return slots.masked_fill(held, state.padding_slot), mask.masked_fill_(held, FREE)
+
+
+def note(
+    state: RowState, slots: torch.Tensor, of_row: torch.Tensor, token_ids: torch.Tensor, masks: Masks
+) -> None:
+    """Tell the host what rows drew within their masks, once it is accepted.
+
+    Args:
+        state: of the rows.
+        slots: int64[R].
+        of_row: int32[R], from `hold`.
+        token_ids: int32[R].
+        masks: `drawn` changes.
+    """
+    if slots.is_cuda:
+        from kernels.cuda import rows
+
+        rows.note(state, slots, of_row, token_ids, masks)
+        return
+    places = of_row.ge(0).nonzero().flatten()
+    rows_of = slots.index_select(0, places)
+    told = state.num_tokens.index_select(0, rows_of).long() << 32
+    told += state.done.index_select(0, rows_of).long() << 31
+    masks.drawn[of_row.index_select(0, places).long()] = told + token_ids.index_select(0, places)
 
 
 def accept(

@@ -12,7 +12,8 @@ BLOCK = 2048
 
 @triton.jit
 def allow_kernel(logits, masks, bits, stride, num_words, width, BLOCK: tl.constexpr):
-    """A block of one row of logits [R, stride]; `width` of a row's tokens have bits, 32 in each word."""
+    """A block of one row of logits [R, stride]; `width` of a row's tokens have bits, 32 in each word,
+    perhaps in host memory."""
     row = tl.program_id(1)
     mask = tl.load(masks + row)
     if mask >= 0:

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from kernels.rows import (
+    FREE,
     GOES_ON,
-    HELD,
     NAN,
     NUM_NUMBERS,
     NUMBERS_AT,
@@ -17,6 +17,7 @@ from kernels.rows import (
     WAS_DONE,
     Changes,
     Gathered,
+    Masks,
     RowState,
 )
 from kernels.sample import LENGTH, STOP
@@ -27,7 +28,7 @@ ACCEPT_BLOCK = 8
 STOPS = 64
 
 _GOES_ON, _NAN, _WAS_DONE = tl.constexpr(GOES_ON), tl.constexpr(NAN), tl.constexpr(WAS_DONE)
-_HELD = tl.constexpr(HELD)
+_FREE = tl.constexpr(FREE)
 _LENGTH, _STOP = tl.constexpr(LENGTH), tl.constexpr(STOP)
 _RECORD_WORDS, _SEED_AT = tl.constexpr(RECORD_WORDS), tl.constexpr(SEED_AT)
 _NUMBERS_AT, _NUM_NUMBERS = tl.constexpr(NUMBERS_AT), tl.constexpr(NUM_NUMBERS)
@@ -259,32 +260,84 @@ def _allocate(num_tokens: int, num_rows: int, device: torch.device) -> Gathered:
 
 
 @triton.jit(do_not_specialize=["num_rows", "padding_slot"])
-def _hold_kernel(slots, masks, done, num_computed, out, num_rows, padding_slot, BLOCK: tl.constexpr):
+def _hold_kernel(
+    slots,
+    of_slot,
+    due,
+    done,
+    num_tokens,
+    num_computed,
+    takers,
+    of_row,
+    num_rows,
+    padding_slot,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < num_rows
     slot = tl.load(slots + row, mask=inside, other=0)
-    held = tl.load(masks + row, mask=inside, other=0) == _HELD
-    held &= tl.load(done + slot, mask=inside, other=1) == 0
+    live = inside & (tl.load(done + slot, mask=inside, other=1) == 0)
+    mask = tl.load(of_slot + slot, mask=live, other=_FREE)
+    has_mask = mask != _FREE
+    # The host writes to these while the device runs.
+    wanted = tl.load(due + mask, mask=has_mask, other=0, volatile=True)
+    held = has_mask & (wanted != tl.load(num_tokens + slot, mask=has_mask, other=0))
     computed = tl.load(num_computed + slot, mask=held, other=0)
     tl.store(num_computed + slot, computed - 1, mask=held)
-    tl.store(out + row, tl.where(held, padding_slot, slot), mask=inside)
+    tl.store(takers + row, tl.where(held, padding_slot, slot), mask=inside)
+    tl.store(of_row + row, tl.where(held, _FREE, mask), mask=inside)
 
 
-def hold(state: RowState, slots: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def hold(state: RowState, slots: torch.Tensor, masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.rows.hold`."""
-    num_rows, out = slots.shape[0], torch.empty_like(slots)
+    num_rows, takers = slots.shape[0], torch.empty_like(slots)
+    of_row = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     _hold_kernel[(triton.cdiv(num_rows, BLOCK),)](
         slots,
-        masks,
+        masks.of_slot,
+        masks.num_tokens,
         state.done.view(torch.uint8),
+        state.num_tokens,
         state.num_computed,
-        out,
+        takers,
+        of_row,
         num_rows,
         state.padding_slot,
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return out
+    return takers, of_row
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _note_kernel(slots, of_row, token_ids, done, num_tokens, drawn, num_rows, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    mask = tl.load(of_row + row, mask=inside, other=_FREE)
+    told = mask != _FREE
+    slot = tl.load(slots + row, mask=told, other=0)
+    value = tl.load(num_tokens + slot, mask=told, other=0).to(tl.int64) << 32
+    value += (tl.load(done + slot, mask=told, other=0) != 0).to(tl.int64) << 31
+    value += tl.load(token_ids + row, mask=told, other=0)
+    tl.store(drawn + mask, value, mask=told)
+
+
+def note(
+    state: RowState, slots: torch.Tensor, of_row: torch.Tensor, token_ids: torch.Tensor, masks: Masks
+) -> None:
+    """See `kernels.rows.note`."""
+    num_rows = slots.shape[0]
+    _note_kernel[(triton.cdiv(num_rows, BLOCK),)](
+        slots,
+        of_row,
+        token_ids,
+        state.done.view(torch.uint8),
+        state.num_tokens,
+        masks.drawn,
+        num_rows,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -20,7 +20,7 @@ TYPES = {"logits": "*fp32", "masks": "*i32", "bits": "*i32"}
 def test_it_equals_the_reference(dtype, width, words):
     generator = torch.Generator().manual_seed(width + words)
     logits = torch.randn(6, width + 3, generator=generator).to(dtype)[:, :width]
-    masks = torch.tensor([1, -1, -2, 2, 0, 1], dtype=torch.int32)
+    masks = torch.tensor([1, -1, -1, 2, 0, 1], dtype=torch.int32)
     bits = torch.randint(-(2**31), 2**31, (3, words), generator=generator).to(torch.int32)
     expected = logits.clone()
     allow(expected, masks, bits)

@@ -142,20 +142,44 @@ def test_gather_decodes_and_accept(seed: int) -> None:
     same(expected, got)
 
 
-def test_hold() -> None:
+def masks_of(state: rows.RowState, place: str) -> rows.Masks:
+    """A mask for each row but some, every other one for as many tokens as its row has."""
+    of_slot = torch.randperm(SLOTS + 1, generator=torch.Generator().manual_seed(5)).to(I32)
+    due = torch.zeros(SLOTS + 1, dtype=I32)
+    due[of_slot.long()] = state.num_tokens.cpu() + torch.arange(SLOTS + 1, dtype=I32) % 2
+    of_slot[::5] = rows.FREE
+    told = torch.full((SLOTS + 1,), -77, dtype=torch.int64)
+    return rows.Masks(of_slot.to(place), torch.zeros(0), due.to(place), told.to(place))
+
+
+def test_hold_and_note() -> None:
     expected = random_state(3)
     got = clone(expected, device())
-    slots = padded(torch.randperm(SLOTS)[:9], 12)
-    masks = torch.tensor([rows.HELD, -1, 0] * 4, dtype=I32)
+    slots = padded(torch.randperm(SLOTS)[:14], 16)
+    masks, masks_there = masks_of(expected, "cpu"), masks_of(expected, device())
     before, live = expected.num_computed.clone(), ~expected.done[slots]
-    takers = rows.hold(expected, slots, masks)
-    there = cuda_rows.hold(got, slots.to(device()), masks.to(device()))
-    torch.testing.assert_close(there.cpu(), takers, rtol=0, atol=0)
+    takers, of_row = rows.hold(expected, slots, masks)
+    for a, b in zip((takers, of_row), cuda_rows.hold(got, slots.to(device()), masks_there), strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=0)
     same(expected, got)
-    held = slots[(masks == rows.HELD) & live]
-    assert len(held) and torch.equal(takers != slots, (masks == rows.HELD) & live)
-    before[held] -= 1
+    held = live & (masks.of_slot[slots] != rows.FREE) & (slots % 2 == 1)
+    assert held.any() and torch.equal(takers != slots, held)
+    assert torch.equal(of_row != rows.FREE, live & (masks.of_slot[slots] != rows.FREE) & ~held)
+    before[slots[held]] -= 1
     assert torch.equal(expected.num_computed, before)
+
+    tokens = torch.randint(0, 50, (16,), dtype=I32)
+    for state in (expected, got):
+        state.done[slots[of_row != rows.FREE][0]] = True  # it took its last token
+    rows.note(expected, slots, of_row, tokens, masks)
+    cuda_rows.note(got, slots.to(device()), of_row.to(device()), tokens.to(device()), masks_there)
+    torch.testing.assert_close(masks_there.drawn.cpu(), masks.drawn, rtol=0, atol=0)
+    for slot, mask, token in zip(slots.tolist(), of_row.tolist(), tokens.tolist(), strict=True):
+        if mask != rows.FREE:
+            value = int(masks.drawn[mask])
+            assert value >> 32 == expected.num_tokens[slot] and value & 0x7FFFFFFF == token
+            assert bool(value >> 31 & 1) == bool(expected.done[slot])
+    assert (masks.drawn == -77).sum() == SLOTS + 1 - (of_row != rows.FREE).sum()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -216,9 +240,10 @@ def test_they_compile(arch: int) -> None:
             {"BLOCK_SIZE": 16, "BLOCK": cuda_rows.BLOCK},
         ),
         cuda_rows._hold_kernel: (
-            [i64, i32, u8, i32, i64, "i32", "i32"],
+            [i64, i32, i32, u8, i32, i32, i64, i32, "i32", "i32"],
             {"BLOCK": cuda_rows.BLOCK},
         ),
+        cuda_rows._note_kernel: ([i64, i32, i32, u8, i32, i64, "i32"], {"BLOCK": cuda_rows.BLOCK}),
         cuda_rows._accept_kernel: (
             [i64, i32, u8, i32, i32, i32, i32, i32, i32, i32, i32, u8, "i32", "i32", "i32"],
             {"STOPS": cuda_rows.STOPS, "BLOCK": cuda_rows.ACCEPT_BLOCK},

@@ -183,6 +183,7 @@ class Device:
         self.pending.new_rows.add(
             slot=slot,
             parent_slot=parent,
+            num_prompt_tokens=len(self.sequences[parent].tokens),
             last_position=self.limits.max_len,
             sampling=worker_pb2.RowSampling(**sampling),
         )

@@ -6,6 +6,7 @@ import json
 import queue
 import random
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import torch
 
 from gateway_svc.text.grammars import choice_grammar, json_schema_grammar, regex_grammar
 from gpu_worker.executor import DeviceExecutor
+from gpu_worker.grammar import Row
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.spans import RowSpans
-from kernels.rows import HELD
 from kernels.sample import allow
 from pagoda.internal.v1 import worker_pb2
 from tests.support.grammars import EOS, Judge, tiny_vocabulary
@@ -203,20 +204,30 @@ def test_rows_that_sit_iterations_out_draw_the_same(device, judge, monkeypatch, 
     expected, ended = run(device, 1, 40, a=JSON, b="", c=WORD)
     for slot in range(3):
         device.release(slot)
-    fill, chance, held = grammars.fill, random.Random(m), 0
+    chance, late = random.Random(m), 0
+    settle, fill = grammars.settle, grammars._fill
+    jobs: list[Any] = []
 
-    def fill_some(constrained, num_rows, may_hold, meanwhile=None):
-        nonlocal held
-        fill(constrained, num_rows, may_hold, meanwhile)
-        for place, row in list(grammars._unread) if may_hold else ():
-            if chance.random() < 0.4:
-                grammars.masks(num_rows)[0][place] = HELD
-                grammars._unread.remove((place, row))
-                held += 1
+    def settle_some() -> None:
+        nonlocal late
+        settle()
+        waiting = [job for job in jobs if chance.random() < 0.4]
+        late += len(waiting)
+        for job in jobs:
+            if job not in waiting:
+                fill(*job)
+        jobs[:] = waiting
 
-    monkeypatch.setattr(grammars, "fill", fill_some)
+    def fill_later(row: Row, token: int | None) -> None:
+        if token is None:
+            fill(row, token)
+        else:
+            jobs.append((row, token))
+
+    monkeypatch.setattr(grammars, "settle", settle_some)
+    monkeypatch.setattr(grammars, "_fill", fill_later)
     made, ended_again = run(device, m, 96 // m, a=JSON, b="", c=WORD)
-    assert held > 10
+    assert late > 10
     assert (made[0], made[2], ended_again[::2]) == (expected[0], expected[2], ended[::2])
     assert made[1][: len(expected[1])] == expected[1]
 
@@ -280,7 +291,7 @@ def test_allow_rules_out_what_has_no_bit(dtype):
     bits = generator.integers(0, 2, (2, 4 * 32), dtype=np.uint8)
     packed = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
     before = logits.clone()
-    allow(logits, torch.tensor([-1, 1, -1, 0, HELD], dtype=torch.int32), torch.from_numpy(packed))
+    allow(logits, torch.tensor([-1, 1, -1, 0, -1], dtype=torch.int32), torch.from_numpy(packed))
     for place, row in ((0, 3), (1, 1)):
         expected = before[row].clone()
         expected[:128][torch.from_numpy(bits[place] == 0)] = float("-inf")

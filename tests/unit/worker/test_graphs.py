@@ -22,7 +22,7 @@ def batch(shape: Shape) -> Any:
 def test_a_missing_graph_is_captured_when_its_shape_keeps_coming(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     nothing: Any = None
-    graphs = Graphs(nothing, nothing, nothing, nothing, PADDING, 64, torch.device("cpu"))
+    graphs = Graphs(nothing, nothing, nothing, PADDING, 64, torch.device("cpu"))
     often, once = batch(PADDING.decodes(3)), batch(PADDING.decodes(1))
     for part in Part:  # graphs of their own, each of which is missed by itself
         assert [graphs.takes(often, part) for _ in range(PATIENCE)] == [False] * (PATIENCE - 1) + [True]
@@ -45,7 +45,7 @@ def test_all_graphs_write_their_logits_to_one_place(monkeypatch: pytest.MonkeyPa
         return out
 
     rows: Any = SimpleNamespace(iota=torch.arange(10), state=SimpleNamespace(padding_slot=8))
-    graphs = Graphs(compute, lambda *_: None, lambda *_: None, rows, PADDING, 64, torch.device("cpu"))
+    graphs = Graphs(compute, {}, rows, PADDING, 64, torch.device("cpu"))
     while graphs.capture_next() is not None:
         pass
     assert {len(out) for out in asked} == {shape.samples for shape in PADDING.shapes()}
