@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 EXIT_UNUSABLE = 78
+SWITCH_EVERY_S = 1e-4
 
 
 def check_kernels() -> str | None:
@@ -60,6 +61,8 @@ def main() -> int:
     from gpu_worker.start import StartError, Worker, build
     from pagoda import logs
 
+    # Threads that wait for masks of grammars or for the device have little to do then, and a step to catch.
+    sys.setswitchinterval(SWITCH_EVERY_S)
     log = logs.setup("worker", settings.log_level)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

@@ -65,6 +65,7 @@ class Row:
 
     Attributes:
         started: its matcher, once it has followed the output that the row enters with, and its first mask.
+        matcher: the same, from its first draw on; None where its grammar failed.
         num_tokens: with how many tokens the row draws next.
         mask: the place of its mask, from its first draw on.
         has_job: whether a thread is at its mask, or will be.
@@ -73,6 +74,7 @@ class Row:
 
     started: Future[tuple[LLMatcher, np.ndarray]]
     num_tokens: int
+    matcher: LLMatcher | None = None
     mask: int = FREE
     has_job: bool = False
     ended: bool = False
@@ -101,6 +103,7 @@ class Grammars:
             drawn=torch.zeros(count, dtype=torch.int64, pin_memory=pin),
         )
         self._bits, self._num_tokens = self.masks.bits.numpy(), self.masks.num_tokens.numpy()
+        self._address, self._size = self._bits.ctypes.data, self._bits[0].nbytes
         self._drawn = self.masks.drawn.numpy()
         self._seen = self._drawn.copy()
         # Masks that no row uses, each with the row that did and an event after the device's last look at it.
@@ -182,7 +185,11 @@ class Grammars:
         if event is not None:
             event.synchronize()
         self._seen[row.mask] = self._drawn[row.mask]
-        self._fill(row, None)
+        try:
+            row.matcher, self._bits[row.mask] = row.started.result()
+        except Exception as error:  # llguidance's, of several kinds
+            self._failed(row, error)
+        self._num_tokens[row.mask] = row.num_tokens
         self._drawing[row.mask] = row
         self._anyone.set()
 
@@ -230,25 +237,25 @@ class Grammars:
                 self._fill(row, token)
             row.has_job = False
 
-    def _fill(self, row: Row, token: int | None) -> None:
-        """Let a row's matcher follow `token` and put its mask where the device looks; without `token` it is
-        the first. A row whose grammar fails may draw nothing, and so fails."""
-        bits = self._bits[row.mask]
-        try:
-            matcher, first = row.started.result()
-            if token is None:
-                bits[:] = first
-            else:
-                matcher.consume_token(token)
-                matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-                _check(matcher)
-        except Exception as error:  # llguidance's, of several kinds
-            bits[:] = 0
-            # Without what it quotes: outputs and schemas are nobody's but their owner's.
-            reason = re.split('["\n]', str(error), maxsplit=1)[0]
-            structlog.get_logger().warning("a grammar failed", service="worker", reason=reason)
-            self._compiled.cache_clear()  # what was shared may be what failed
+    def _fill(self, row: Row, token: int) -> None:
+        """Let a row's matcher follow `token` and put its mask where the device looks."""
+        if row.matcher is not None:
+            try:
+                row.matcher.consume_token(token)
+                row.matcher.unsafe_compute_mask_ptr(self._address + row.mask * self._size, self._size)
+                _check(row.matcher)
+            except Exception as error:
+                self._failed(row, error)
         self._num_tokens[row.mask] = row.num_tokens
+
+    def _failed(self, row: Row, error: Exception) -> None:
+        """A row whose grammar failed may draw nothing, and so fails."""
+        row.matcher = None
+        self._bits[row.mask] = 0
+        # Without what it quotes: outputs and schemas are nobody's but their owner's.
+        reason = re.split('["\n]', str(error), maxsplit=1)[0]
+        structlog.get_logger().warning("a grammar failed", service="worker", reason=reason)
+        self._compiled.cache_clear()  # what was shared may be what failed
 
 
 def _compiled(tokens: Future[_Tokens], grammar: str) -> LLMatcher:

@@ -14,7 +14,6 @@ import torch
 
 from gateway_svc.text.grammars import choice_grammar, json_schema_grammar, regex_grammar
 from gpu_worker.executor import DeviceExecutor
-from gpu_worker.grammar import Row
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.spans import RowSpans
 from kernels.sample import allow
@@ -218,14 +217,8 @@ def test_rows_that_sit_iterations_out_draw_the_same(device, judge, monkeypatch, 
                 fill(*job)
         jobs[:] = waiting
 
-    def fill_later(row: Row, token: int | None) -> None:
-        if token is None:
-            fill(row, token)
-        else:
-            jobs.append((row, token))
-
     monkeypatch.setattr(grammars, "settle", settle_some)
-    monkeypatch.setattr(grammars, "_fill", fill_later)
+    monkeypatch.setattr(grammars, "_fill", lambda row, token: jobs.append((row, token)))
     made, ended_again = run(device, m, 96 // m, a=JSON, b="", c=WORD)
     assert late > 10
     assert (made[0], made[2], ended_again[::2]) == (expected[0], expected[2], ended[::2])
