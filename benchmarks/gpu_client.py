@@ -86,11 +86,19 @@ class Client:
         self._runner.run(close())
         self._runner.close()
 
-    def run(self, requests: Sequence[Request], temperature: float, stops: Sequence[int] = ()) -> Outcome:
-        """See `gpu_rows.Engine.run`. Raises RunError where anything is not as it must be."""
+    def run(
+        self, requests: Sequence[Request], temperature: float, stops: Sequence[int] = (), n: int = 1,
+        beam_width: int | None = None,
+    ) -> Outcome:  # fmt: skip
+        """See `gpu_rows.Engine.run`; n answers each, of a search with `beam_width` beams where it is given.
+        Raises RunError where anything is not as it must be."""
         handles = range(self._next_handle, self._next_handle + len(requests))
         self._next_handle += len(requests)
-        messages = [self._request(prompt, n, temperature, stops) for prompt, n in requests]
+        messages = [self._request(prompt, size, temperature, stops) for prompt, size in requests]
+        for message in messages:
+            message.sampling.n = n
+            if beam_width is not None:
+                message.sampling.beam_width = beam_width
         batch = pb.SessionRequest(submit=pb.SubmitBatch(handles=handles, requests=messages))
         received = _Received(handles)
         gc.collect()
@@ -99,7 +107,7 @@ class Client:
             seconds = self._runner.run(self._watched(batch, received))
         finally:
             gc.enable()
-        received.verify({h: n for h, (_, n) in zip(handles, requests, strict=True)}, exact=not stops)
+        received.verify({h: n * size for h, (_, size) in zip(handles, requests, strict=True)}, not stops)
         return Outcome(seconds, received.num_tokens)
 
     def _request(
