@@ -10,6 +10,7 @@ FlashAttention 3 runs on the same shapes where vLLM can be imported.
 
 import argparse
 import json
+import statistics
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,7 @@ PAGED_CONFIGS = {
     "128x64x8 deep": PrefillConfig(128, 64, 8, 5),
     "128x64x4": PrefillConfig(128, 64, 4, 3),
 }
+PEER = "FlashAttention 3"
 # What --prefill-candidates compares, and where (name: tile, warps, stages).
 LONG = ((1, 16384, 16384), (4, 4096, 4096), (1, 2048, 16384))
 FRESH_CANDIDATES = {
@@ -276,35 +278,41 @@ def time_decode(report: Report, configs: dict, peer) -> None:
             for name, config in configs.items():
                 report.add(lambda c=config: speed(lambda x: decode(x, c)), "TB/s", **what, config=name)
             if peer is not None:
-                report.add(lambda: speed(peer), "TB/s", **what, config="FlashAttention 3")
+                report.add(lambda: speed(peer), "TB/s", **what, config=PEER)
 
 
-def time_prefill(report: Report, fresh_configs: dict, paged_configs: dict, peer, cases=PREFILL) -> None:
+def time_prefill(
+    report: Report, fresh_configs: dict, paged_configs: dict, peer, rounds: int, cases=PREFILL
+) -> None:
+    """All ways to compute a case take turns, `rounds` times over: the device's clock goes up and down."""
     heads = SHAPES[0]
     pool = Pool(heads, 70_000)
     for rows, new, context in cases:
         flops = 4 * rows * heads[0] * heads[2] * (new * (context - new) + new * new / 2)
         inputs = [pool.take([(new, context)] * rows) for _ in range(2)]
         what = {"kind": "prefill", "heads": heads, "rows": rows, "new": new, "context": context}
-
-        def speed(call, inputs=inputs, flops=flops):
-            return flops / median_us(call, inputs) / 1e6
-
         as_fresh, as_pages = inputs[0].tiles(), inputs[0].tiles(as_pages=True)
+        calls = {}
         for name, config in fresh_configs.items() if new == context else ():
-            call = lambda x, c=config, t=as_fresh: fresh(x, c, t)  # noqa: E731
-            report.add(lambda c=call: speed(c), "TFLOP/s", **what, config=f"fresh {name}")
+            calls[f"fresh {name}"] = lambda x, c=config, t=as_fresh: fresh(x, c, t)
         for name, config in paged_configs.items():
-            call = lambda x, c=config, t=as_pages: paged(x, c, t)  # noqa: E731
-            report.add(lambda c=call: speed(c), "TFLOP/s", **what, config=f"pages {name}")
+            calls[f"pages {name}"] = lambda x, c=config, t=as_pages: paged(x, c, t)
         if peer is not None:
-            report.add(lambda: speed(peer), "TFLOP/s", **what, config="FlashAttention 3")
+            calls[PEER] = peer
+        speeds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                speeds[name].append(flops / median_us(call, inputs) / 1e6)
+        for name, values in speeds.items():
+            shares = [ours / theirs for ours, theirs in zip(values, speeds.get(PEER, ()), strict=False)]
+            more = {"share": round(statistics.median(shares), 4)} if shares else {}
+            report.add(lambda v=values: statistics.median(v), "TFLOP/s", **what, config=name, **more)
 
 
 def tabulate(report: Report) -> None:
     """The candidates' TFLOP/s, and what share of FlashAttention 3's that is."""
     timed = {
-        ((r["rows"], r["new"], r["context"]), r["config"]): r.get("TFLOP/s")
+        ((r["rows"], r["new"], r["context"]), r["config"]): (r["TFLOP/s"], r.get("share"))
         for r in report.results
         if r.get("kind") == "prefill"
     }
@@ -312,9 +320,9 @@ def tabulate(report: Report) -> None:
     for config in dict.fromkeys(config for _, config in timed):
         cells = []
         for case in LONG:
-            speed, peer = timed.get((case, config)), timed.get((case, "FlashAttention 3"))
-            share = f" ({speed / peer:.3f})" if speed and peer else ""
-            cells.append((f"{speed:.0f}{share}" if speed else "-").rjust(18))
+            speed, share = timed.get((case, config), (None, None))
+            shown = f" ({share:.3f})" if share else ""
+            cells.append((f"{speed:.0f}{shown}" if speed else "-").rjust(18))
         print(f"{config:24}", *cells)
 
 
@@ -347,7 +355,7 @@ def check(
         report.add(run, "error", **what)
 
 
-def run(report: Report, configs: str, only: str | None) -> None:
+def run(report: Report, configs: str, only: str | None, rounds: int) -> None:
     chosen = [DECODE_CONFIGS, FRESH_CONFIGS, PAGED_CONFIGS]
     if configs == "default":
         chosen = [{"default": None}] * 3
@@ -361,7 +369,7 @@ def run(report: Report, configs: str, only: str | None) -> None:
     if only != "prefill":
         time_decode(report, decodes, peer)
     if only != "decode":
-        time_prefill(report, fresh_configs, paged_configs, peer)
+        time_prefill(report, fresh_configs, paged_configs, peer, rounds)
 
 
 def main() -> None:
@@ -371,6 +379,7 @@ def main() -> None:
     parser.add_argument("--configs", choices=["default", "all"], default="default")
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--prefill-candidates", action="store_true")
+    parser.add_argument("--rounds", type=int, default=1, help="of prefill, all ways in turn; medians")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -378,10 +387,10 @@ def main() -> None:
     report = Report()
     if arguments.prefill_candidates:
         check(report, {}, FRESH_CANDIDATES, PAGED_CANDIDATES, mixed=False)
-        time_prefill(report, FRESH_CANDIDATES, PAGED_CANDIDATES, fa3(), LONG)
+        time_prefill(report, FRESH_CANDIDATES, PAGED_CANDIDATES, fa3(), arguments.rounds, LONG)
         tabulate(report)
     else:
-        run(report, arguments.configs, arguments.only)
+        run(report, arguments.configs, arguments.only, arguments.rounds)
     if arguments.out:
         device = torch.cuda.get_device_name()
         versions = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}

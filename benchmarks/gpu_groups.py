@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_groups --out groups.json [--vllm vllm_beam_result.json]
 
 Random weights, prompts of 256 tokens, end-of-text ignored: the workload of the peers' `bench_vllm_beam.py`,
-whose JSON `--vllm` takes. n samples: 64 requests, 128 tokens a sample, temperature 1. Beams: 64 tokens, as many
-results as beams; "beam tokens" are requests x width x 64.
+whose JSON `--vllm` takes. n samples: 64 requests, 128 tokens a sample, temperature 1. Beams: 64 tokens, as
+many results as beams; "beam tokens" are requests x width x 64.
 """
 
 from __future__ import annotations
