@@ -63,11 +63,11 @@ PAGED_CONFIGS = {
 }
 PEER = "FlashAttention 3"
 # What --prefill-candidates compares, and where (name: tile, warps, stages).
-LONG = ((1, 16384, 16384), (4, 4096, 4096), (1, 2048, 16384))
+LONG = ((1, 16384, 16384), (4, 4096, 4096), (16, 1024, 1024), (1, 2048, 16384))
 FRESH_CANDIDATES = {
     "current": None,
     "128x128x8 2": PrefillConfig(128, 128, 8, 2, descriptors=True),
-    "128x128x8 3": PrefillConfig(128, 128, 8, 3, descriptors=True),
+    "128x64x4 2": PrefillConfig(128, 64, 4, 2, descriptors=True),
     "64x128x4 2": PrefillConfig(64, 128, 4, 2, descriptors=True),
     "64x64x4 2": PrefillConfig(64, 64, 4, 2, descriptors=True),
 }

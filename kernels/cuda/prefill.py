@@ -51,7 +51,9 @@ def prefill_config(
     if capability == 90:
         if is_paged:
             return PrefillConfig(128, 128, 8, 3)
-        return PrefillConfig(64 if is_short else 128, 64, 4, 2, descriptors=True)
+        if is_short:
+            return PrefillConfig(64, 64, 4, 2, descriptors=True)
+        return PrefillConfig(128, 128, 8, 3, descriptors=True)
     return PrefillConfig(128, 64 if dim <= 64 else 32, 4 if dim <= 64 else 8, 2)
 
 
