@@ -29,6 +29,10 @@ class Flight:
     only_decodes: bool = True
 
 
+# From so many tokens on a step's time goes by their number; of fewer each would take longer.
+BUSY_TOKENS = 1024
+
+
 class Memory(NamedTuple):
     """What the block tables hold, each block counted once. Blocks unless the name says otherwise."""
 
@@ -36,10 +40,6 @@ class Memory(NamedTuple):
     held: int
     lookahead: int  # which hold no known token: for tokens that steps in flight are still to draw
     unused_slots: int  # token slots of held blocks without a known token's KV, look-ahead included
-
-
-# From so many tokens on a step's time goes by their number; of fewer each would take longer.
-BUSY_TOKENS = 1024
 
 
 class Worker:
