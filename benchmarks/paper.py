@@ -133,8 +133,8 @@ def tables(figures: Figures) -> list[Table]:
         )  # fmt: skip
     at_once = _table(
         f"Requests at once in {NUM_SLOTS} slots, ShareGPT, drawn; at most {figures.ceiling:.1f} can be",
-        "system", ">at once", ">paper", ">slots with a token", ">paper", ">preemptions", ">Pagoda beside it",
-        ">ceiling", ">reached",
+        "system", ">at once", ">paper", ">slots with a token", ">paper", ">preemptions",
+        ">recomputed a token", ">Pagoda beside it", ">ceiling", ">reached",
     )  # fmt: skip
     beside = {b.system: b for b in figures.beside}
     for a in figures.admission:
@@ -142,7 +142,7 @@ def tables(figures: Figures) -> list[Table]:
         ratios = (f"{b.measured:.2f}x", f"{b.ceiling:.2f}x", f"{b.reached:.1%}") if b else ("", "", "")
         at_once.add_row(
             a.system, f"{a.running:.2f}", f"{a.paper:.2f}", _percent(a.token_states),
-            _percent(a.paper_token_states), str(a.num_preemptions), *ratios,
+            _percent(a.paper_token_states), str(a.num_preemptions), f"{a.recomputed:.2f}", *ratios,
         )  # fmt: skip
     return [lengths, waste, saved, at_once]
 

@@ -14,7 +14,7 @@ OURS, PAPER, LENGTHS = "#2f6db3", "#b0b0b0", "#d9a441"
 def draw(
     waste: Waste, savings: Sequence[Saving], systems: Sequence[Admission], ceiling: float, folder: Path
 ) -> None:
-    """Write memory-waste, memory-sharing and memory-admission into `folder`, each as .png and .svg."""
+    """Write waste, sharing and admission into `folder`, each as .png and .svg."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,9 +24,9 @@ def draw(
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, plot in (
-        ("memory-waste", lambda: _waste(pyplot, waste, systems)),
-        ("memory-sharing", lambda: _sharing(pyplot, savings)),
-        ("memory-admission", lambda: _admission(pyplot, systems, ceiling)),
+        ("waste", lambda: _waste(pyplot, waste, systems)),
+        ("sharing", lambda: _sharing(pyplot, savings)),
+        ("admission", lambda: _admission(pyplot, systems, ceiling)),
     ):
         figure = plot()
         figure.tight_layout()

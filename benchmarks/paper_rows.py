@@ -67,6 +67,7 @@ class Admission:
     token_states: float  # share of all slots that hold a known token
     paper_token_states: float
     num_preemptions: int = 0
+    recomputed: float = 0.0  # tokens whose KV was computed again, for each token that was drawn
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,10 @@ def admission(
         systems.append(Admission(name, mean, PAPER_RUNNING[name], states, PAPER_TOKEN_STATES[name]))
         beside.append(Beside(name, running / mean, most / mean))
     states = float(used.mean() / NUM_SLOTS)
-    preemptions = simulation.core.stats.num_preemptions
+    stats = simulation.core.stats
+    again = stats.recomputed_tokens / stats.generation_tokens
     paged = PAPER_RUNNING["Paged"], states, PAPER_TOKEN_STATES["Paged"]
-    systems.append(Admission("Pagoda", running, *paged, preemptions))
+    systems.append(Admission("Pagoda", running, *paged, stats.num_preemptions, again))
     return systems, beside, most, seen
 
 

@@ -195,5 +195,5 @@ def test_the_bars_are_met_under_a_small_load(tmp_path: Path) -> None:
     assert made["missed"] == [] and made["date"] and made["commit"]
     paper.paper_plots.draw(figures.waste, figures.savings, figures.admission, figures.ceiling, tmp_path)
     names = {path.name for path in tmp_path.iterdir() if path.stat().st_size > 2000}
-    stems = ("memory-waste", "memory-sharing", "memory-admission")
+    stems = ("waste", "sharing", "admission")
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
