@@ -28,7 +28,7 @@ def headline() -> list[Panel]:
         ),
         stat(
             "Wasted",
-            "Token slots allocated and not used, of those allocated: the ends of last blocks.",
+            "Token slots allocated and not used, of those allocated: ends of blocks, and look-ahead.",
             Query(total("kv_waste_ratio", only=WORKER, how="max"), "waste"),
             "percentunit",
         ),
