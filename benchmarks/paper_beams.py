@@ -117,9 +117,9 @@ def main() -> None:
     from tests.support.data import chat_ids, model_folder, tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[40, 120, 240], help="of the prompts")
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of each length")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 48, 64, 96, 128], help="of the prompts")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts of each length")
+    parser.add_argument("--steps", type=int, default=192)
     parser.add_argument("--json", type=Path, default=RESULTS, help="a file that is there is added to")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
