@@ -123,13 +123,15 @@ def tables(figures: Figures) -> list[Table]:
         f"{w.mean:.2%}", f"{w.p99:.2%}", f"{w.most:.2%}", f"{w.ends:.2%}", f"{w.ahead:.2%}",
         f"{w.lookahead_blocks:.1f}", f"{w.most_ahead} tokens", "3.7%",
     )  # fmt: skip
-    saved = _table("Blocks saved by sharing, of those without sharing", "method", "trace", ">n", ">saved",
-                   ">what the lengths allow", ">paper", "")  # fmt: skip
+    saved = _table(
+        "Blocks saved by sharing, of those without sharing", "method", "trace", ">n", ">saved",
+        ">sharing allows", ">the lengths allow", ">paper", "",
+    )  # fmt: skip
     for s in figures.savings:
         below = s.paper is not None and s.measured < s.paper
         saved.add_row(
-            s.kind, s.trace, str(s.n), _percent(s.measured), _percent(s.arithmetic), _percent(s.paper),
-            "below: the lengths" if below else "",
+            s.kind, s.trace, str(s.n), _percent(s.measured), _percent(s.arithmetic), _percent(s.lengths),
+            _percent(s.paper), "below: the lengths" if below else "",
         )  # fmt: skip
     at_once = _table(
         f"Requests at once in {NUM_SLOTS} slots, ShareGPT, drawn; at most {figures.ceiling:.1f} can be",

@@ -2,11 +2,13 @@
 
 How many blocks beams share is decided by their genealogy alone: at every step, from which hypothesis each of
 the `width` best comes. Measured here as transformers' beam search chooses (the best 2 x width continuations
-by the sum of logprobs, the first `width` of them go on), with SmolLM2-135M-Instruct in fp32 on questions from
-ShareGPT in the chat template. End-of-text is not taken, because the paper's requests, too, have the length
-of their trace. No text is kept, only parents: one digit a beam, best beam first.
+by the sum of logprobs, the first `width` of them go on), with SmolLM2-135M-Instruct in fp32 on questions of
+each setting's text, in the chat template. End-of-text is not taken, because the paper's requests, too, have
+the length of their trace. No text is kept, only parents: one digit a beam, best beam first.
 
-    python -m benchmarks.paper_beams --json FILE      # some minutes on two cores
+    # some minutes each on two cores
+    python -m benchmarks.paper_beams --text ShareGPT --lengths 32 48 64 96 128 --steps 192
+    python -m benchmarks.paper_beams --text Alpaca --lengths 37 41 45 50 56 --steps 128
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class Dynamics:
     traces: tuple[tuple[Parents, ...], ...]
 
     @classmethod
-    def load(cls, width: int, path: Path = RESULTS) -> Dynamics:
-        """What was measured for this width."""
-        measured = json.loads(path.read_text(encoding="utf-8"))["parents"][str(width)]
+    def load(cls, text: str, width: int, path: Path = RESULTS) -> Dynamics:
+        """What was measured for this width on `text`, Alpaca or ShareGPT."""
+        measured = json.loads(path.read_text(encoding="utf-8"))[text][str(width)]
         return cls(width, tuple(tuple(tuple(map(int, step)) for step in trace.split()) for trace in measured))
 
     def replay(self, seed: int) -> Iterator[Parents]:
@@ -113,30 +115,28 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from benchmarks.paper_text import sharegpt_pairs
+    from benchmarks.paper_text import alpaca_pairs, sharegpt_pairs
     from tests.support.data import chat_ids, model_folder, tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 48, 64, 96, 128], help="of the prompts")
+    parser.add_argument("--text", choices=("Alpaca", "ShareGPT"), required=True)
+    parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of the prompts")
     parser.add_argument("--prompts", type=int, default=2, help="prompts of each length")
-    parser.add_argument("--steps", type=int, default=192)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--json", type=Path, default=RESULTS, help="a file that is there is added to")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32).eval()
-    questions = [question for question, _ in sharegpt_pairs()]
+    questions = [question for question, _ in (alpaca_pairs if given.text == "Alpaca" else sharegpt_pairs)()]
     random.Random("pagoda: prompts of the beam dynamics").shuffle(questions)
-    found: dict[str, list[list[str]]] = {str(width): [] for width in WIDTHS}
-    if given.json.is_file():
-        measured = json.loads(given.json.read_text(encoding="utf-8"))["parents"]
-        found = {width: [trace.split() for trace in traces] for width, traces in measured.items()}
+    every = json.loads(given.json.read_text(encoding="utf-8")) if given.json.is_file() else {}
+    found = every.setdefault(given.text, {str(width): [] for width in WIDTHS})
     for length in given.lengths:
         chats = (chat_ids([{"role": "user", "content": question}]) for question in questions)
         prompts = list(islice((ids for ids in chats if len(ids) == length), given.prompts))
         print(f"{len(prompts)} prompts of {length} tokens", flush=True)
         for width, traces in measure(model, prompts, given.steps, tokenizer().eos_token_id).items():
-            found[str(width)] += [["".join(map(str, step)) for step in trace] for trace in traces]
-        packed = {width: [" ".join(trace) for trace in traces] for width, traces in found.items()}
-        given.json.write_text(json.dumps({"parents": packed}, indent=1) + "\n", encoding="utf-8")
+            found[str(width)] += [" ".join("".join(map(str, step)) for step in trace) for trace in traces]
+        given.json.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

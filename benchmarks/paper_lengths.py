@@ -138,6 +138,16 @@ def parallel_saving(trace: Trace, n: int, block_size: int = 16) -> float:
     return float((n - 1) * full.sum() / (n * one.sum()))
 
 
+def most_beams_save(trace: Trace, width: int, block_size: int = 16) -> float:
+    """Share of the blocks that `width` beams save if they always share all but the block that each writes.
+
+    Beams are one row in the prompt's own step, which is left out.
+    """
+    one, _ = _block_steps(Trace(trace.name, trace.prompts + 1, trace.outputs - 1), block_size)
+    steps = (trace.outputs - 1).sum()
+    return float((width - 1) * (one.sum() - steps) / (width * one.sum()))
+
+
 def mean_tokens(trace: Trace) -> float:
     """KV tokens of a running request, averaged over all running requests at all steps."""
     o = trace.outputs

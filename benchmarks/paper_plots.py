@@ -76,7 +76,7 @@ def _sharing(pyplot: Any, savings: Sequence[Saving]) -> Any:
             shown = [s for s in savings if s.kind == kind and s.trace == name]
             groups = [
                 ("Pagoda", OURS, [100 * s.measured for s in shown]),
-                ("what the lengths allow", LENGTHS, [100 * s.arithmetic for s in shown]),
+                ("what the lengths allow", LENGTHS, [100 * s.lengths for s in shown]),
                 ("paper", PAPER, [None if s.paper is None else 100 * s.paper for s in shown]),
             ]
             _bars(axes, [f"{'n' if kind == 'parallel' else 'width'} = {s.n}" for s in shown], groups)

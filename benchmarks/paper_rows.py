@@ -53,7 +53,8 @@ class Saving:
     trace: str
     n: int
     measured: float
-    arithmetic: float  # what the lengths allow
+    arithmetic: float  # what sharing allows: with beams, as they go on from each other
+    lengths: float  # what the lengths allow at most, however beams go on
     paper: float | None
 
 
@@ -117,7 +118,7 @@ def parallel(trace: Trace, setting: str, n: int) -> Saving:
         held += seen.held
     paper = PAPER_SAVING["parallel", setting].get(n)
     allowed = parallel_saving(trace, n, BLOCK_SIZE)
-    return Saving("parallel", trace.name, n, 1 - held / references, allowed, paper)
+    return Saving("parallel", trace.name, n, 1 - held / references, allowed, allowed, paper)
 
 
 def admission(

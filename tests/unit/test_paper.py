@@ -21,6 +21,7 @@ from benchmarks.paper_lengths import (
     Trace,
     drawn,
     mean_tokens,
+    most_beams_save,
     parallel_saving,
     real,
     stretched,
@@ -172,6 +173,8 @@ def test_beams_of_one_parent_share_all_but_the_block_they_write() -> None:
     blocks = [(32 + step) // 16 + 1 for step in range(64)]
     assert alone == 4 * sum(blocks)
     assert shared == sum(count - 1 + 4 for count in blocks)
+    most = most_beams_save(Trace("t", np.array([32]), np.array([65])), 4, 16)
+    assert 1 - shared / alone == pytest.approx(most)
 
 
 # ----------------------------------------------------------------------------------------- all together
