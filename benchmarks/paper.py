@@ -131,7 +131,7 @@ def tables(figures: Figures) -> list[Table]:
         below = s.paper is not None and s.measured < s.paper
         saved.add_row(
             s.kind, s.trace, str(s.n), _percent(s.measured), _percent(s.arithmetic), _percent(s.lengths),
-            _percent(s.paper), "below: the lengths" if below else "",
+            _percent(s.paper), "below: no more to share" if below else "",
         )  # fmt: skip
     at_once = _table(
         f"Requests at once in {NUM_SLOTS} slots, ShareGPT, drawn; at most {figures.ceiling:.1f} can be",
