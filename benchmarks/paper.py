@@ -40,7 +40,7 @@ class Sizes:
     warm_up: int
 
 
-FULL, QUICK = Sizes(6000, 500, paper_rows.WARM_UP), Sizes(800, 100, 1000)
+FULL, QUICK = Sizes(3000, 500, paper_rows.WARM_UP), Sizes(800, 100, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
