@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import itertools
 import signal
@@ -21,9 +22,8 @@ from scheduler_svc import control, session, worker_hub
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Finish
 from scheduler_svc.core.scheduler import Scheduler
-from scheduler_svc.core.snapshot import WorkerView
 from scheduler_svc.engine import Engine
-from scheduler_svc.metrics import Metrics, MetricsServer, Reading, WorkerReading
+from scheduler_svc.metrics import Metrics, MetricsServer, Reading
 from scheduler_svc.record import Recorder
 
 HOUSEKEEPING_S = 1.0
@@ -123,41 +123,20 @@ class Service:
 
     def _read(self) -> Reading:
         """The gauges and counters now."""
-        stats = self._core.stats
+        stats, groups = self._core.stats, [g for g in self._hub.groups.values() if g.complete]
         return Reading(
             num_running=self._core.num_running,
             num_waiting=self._core.num_waiting,
-            workers=[self._read_worker(w) for w in self._engine.snapshot(False, False, 0).workers],
+            workers=self._engine.snapshot(False, False, 0).workers,
+            heard={g.name: g.heard for g in groups},
+            host_blocks={g.name: g.num_host_blocks for g in groups},
             prefix_cache=self._settings.prefix_cache,
-            counters={
-                "num_preemptions": stats.num_preemptions,
-                "recomputed_tokens": stats.recomputed_tokens,
-                "prompt_tokens": stats.prompt_tokens,
-                "prompt_tokens_cached": stats.prompt_tokens_cached,
-                "generation_tokens": stats.generation_tokens,
-                "prefix_cache_queries": stats.prefix_cache_queries,
-                "prefix_cache_hits": stats.prefix_cache_hits,
-                "replayed_requests": stats.replayed_requests,
-                "replayed_tokens": stats.replayed_tokens,
+            counters=dataclasses.asdict(stats)
+            | {
                 "requests_cancelled": stats.finished.get("cancelled", 0),
                 "requests_aborted": self._engine.num_aborted,
             },
             finished={finish.name.lower(): 0 for finish in Finish} | stats.finished,
-        )
-
-    def _read_worker(self, worker: WorkerView) -> WorkerReading:
-        group = self._hub.groups.get(worker.name)
-        used = worker.num_blocks - worker.num_free_blocks - worker.num_cached_blocks
-        return WorkerReading(
-            name=worker.name,
-            usage=used / worker.num_blocks,
-            waste=worker.kv_waste_ratio,
-            sharing=worker.kv_sharing_ratio,
-            heard=group.heard if group else 0.0,
-            block_size=worker.block_size,
-            num_blocks=worker.num_blocks,
-            num_host_blocks=group.num_host_blocks if group else 0,
-            max_slots=worker.max_slots,
         )
 
 

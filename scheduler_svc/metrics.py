@@ -20,6 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from pagoda.exposition import OURS, Aliased, plain_app, serve
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
+from scheduler_svc.core.snapshot import WorkerView
 
 LABELS = ("model_name", "engine")
 ENGINE = "scheduler"  # the `engine` label of what belongs to no one worker group
@@ -32,28 +33,16 @@ _ITERATION = (1, *(8 << i for i in range(12)))
 _PREEMPTIONS = (0, 1, 2, 3, 5, 10, 20, 50)
 
 
-class WorkerReading(msgspec.Struct):
-    """One worker group at the moment of a reading."""
-
-    name: str
-    usage: float
-    waste: float
-    sharing: float
-    heard: float  # of the monotonic clock
-    block_size: int
-    num_blocks: int
-    num_host_blocks: int
-    max_slots: int
-
-
 class Reading(msgspec.Struct):
     """The gauges and counters at one moment. `counters` are by metric name."""
 
     num_running: int = 0
     num_waiting: int = 0
-    workers: list[WorkerReading] = []
+    workers: list[WorkerView] = []
+    heard: dict[str, float] = {}  # when, of the monotonic clock, by worker group
+    host_blocks: dict[str, int] = {}  # by worker group
     prefix_cache: bool = True
-    counters: dict[str, int] = {}
+    counters: dict[str, Any] = {}
     finished: dict[str, int] = {}
 
 
@@ -80,6 +69,15 @@ _HISTOGRAMS = (
     ("iteration_tokens_total", "Tokens that go into one iteration.", _ITERATION),
     ("device_idle_seconds", "How long a worker's device waited for a step.", _STEP),
 )
+
+# Gauges of a worker's blocks, by the field of its view.
+_OF_BLOCKS = (
+    ("kv_waste_ratio", "Allocated minus used token slots, over allocated.", "kv_waste_ratio"),
+    ("kv_sharing_ratio", "Blocks saved by sharing over blocks referenced.", "kv_sharing_ratio"),
+    ("kv_shared_blocks", "Held blocks that are in several block tables.", "num_shared_blocks"),
+    ("kv_lookahead_blocks", "Held blocks for tokens that are not known yet.", "num_lookahead_blocks"),
+)
+_BLOCK_STATES = ("free", "cached", "held")
 
 _Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
 _Rows = Iterable[tuple[Any, ...]]
@@ -200,16 +198,19 @@ class Metrics:
         yield from self._of_workers(reading)
 
     def _of_workers(self, reading: Reading) -> Iterator[Metric]:
-        now = time.monotonic()
-        gauges: tuple[tuple[str, str, Callable[[WorkerReading], float]], ...] = (
-            ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all.", lambda w: w.usage),
-            ("kv_waste_ratio", "Allocated minus used token slots, over allocated.", lambda w: w.waste),
-            ("kv_sharing_ratio", "Blocks saved by sharing over blocks referenced.", lambda w: w.sharing),
-            ("worker_last_heard_seconds", "Time since the worker was last heard.", lambda w: now - w.heard),
-        )
-        for name, text, value in gauges:
-            yield self._family(GaugeMetricFamily, name, text, [(w.name, value(w)) for w in reading.workers])
-        caches = [(w.name, _cache_config(w, reading.prefix_cache)) for w in reading.workers]
+        now, workers = time.monotonic(), reading.workers
+        usage = [(w.name, w.num_held_blocks / w.num_blocks) for w in workers]
+        heard = [(w.name, now - reading.heard.get(w.name, 0.0)) for w in workers]
+        yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV blocks held.", usage)
+        for name, text, field in _OF_BLOCKS:
+            rows = [(w.name, getattr(w, field)) for w in workers]
+            yield self._family(GaugeMetricFamily, name, text, rows)
+        text = "KV blocks; every block is in one of these states."
+        by_state = [(w.name, s, getattr(w, f"num_{s}_blocks")) for w in workers for s in _BLOCK_STATES]
+        yield self._family(GaugeMetricFamily, "kv_blocks", text, by_state, "state")
+        text = "Time since the worker was last heard."
+        yield self._family(GaugeMetricFamily, "worker_last_heard_seconds", text, heard)
+        caches = [(w.name, _cache_config(w, reading)) for w in workers]
         yield self._family(InfoMetricFamily, "cache_config", "The KV cache of a worker group.", caches)
 
     def _family(self, kind: type[_Family], name: str, text: str, rows: _Rows, *labels: str) -> Metric:
@@ -220,12 +221,12 @@ class Metrics:
         return family
 
 
-def _cache_config(worker: WorkerReading, prefix_cache: bool) -> dict[str, str]:
+def _cache_config(worker: WorkerView, reading: Reading) -> dict[str, str]:
     return {
         "block_size": str(worker.block_size),
         "num_gpu_blocks": str(worker.num_blocks),
-        "num_cpu_blocks": str(worker.num_host_blocks),
-        "enable_prefix_caching": str(prefix_cache),
+        "num_cpu_blocks": str(reading.host_blocks.get(worker.name, 0)),
+        "enable_prefix_caching": str(reading.prefix_cache),
         "max_slots": str(worker.max_slots),
     }
 

@@ -69,6 +69,7 @@ ROWS: tuple[Row, ...] = (
     Row("listings", "programs written for ms-swift", _test("tests/e2e/test_swift.py")),
     Row("languages", "4 clients, 100 chats each", "make test-clients"),
     Row("structured", "500 random JSON schemas hold", "python -m benchmarks.structured --json {json}"),
+    Row("memory", "the paper's memory figures", "python -m benchmarks.paper --json {json}"),
     Row("page", "the page at /ui in a browser", _test("tests/e2e/test_ui.py")),
     Row("tracing", "one trace a request", _test("tests/e2e/test_tracing.py")),
     Row("dashboards", "every panel and rule, live", _test("tests/e2e/test_monitoring.py")),

@@ -41,6 +41,11 @@ class BlockAllocator:
         """Blocks that nobody holds but whose content may be hit."""
         return len(self._cached)
 
+    @property
+    def num_shared(self) -> int:
+        """Blocks that several block tables hold; O(blocks), for those who look at the state."""
+        return sum(1 for count in self._refs if count > 1)
+
     def ref_count(self, block: int) -> int:
         """How many block tables hold `block`."""
         return self._refs[block]

@@ -60,6 +60,13 @@ class WorkerView(msgspec.Struct):
     cached_blocks: list[int]
     kv_waste_ratio: float
     kv_sharing_ratio: float
+    num_shared_blocks: int
+    num_lookahead_blocks: int
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that are in some block table."""
+        return self.num_blocks - self.num_free_blocks - self.num_cached_blocks
 
 
 class Snapshot(msgspec.Struct):
@@ -91,8 +98,7 @@ def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests
 
 def _worker(worker: Worker, blocks: bool) -> WorkerView:
     allocator = worker.allocator
-    allocated, used, references = worker.memory()
-    unique = allocated // worker.block_size
+    memory = worker.memory()
     return WorkerView(
         name=worker.name,
         epoch=worker.epoch,
@@ -107,8 +113,10 @@ def _worker(worker: Worker, blocks: bool) -> WorkerView:
         step_us=int(worker.iteration_us),
         ref_counts=[allocator.ref_count(b) for b in range(allocator.num_blocks)] if blocks else [],
         cached_blocks=worker.index.blocks() if blocks else [],
-        kv_waste_ratio=1 - used / allocated if allocated else 0.0,
-        kv_sharing_ratio=(references - unique) / references if references else 0.0,
+        kv_waste_ratio=memory.unused_slots / max(1, memory.held * worker.block_size),
+        kv_sharing_ratio=1 - memory.held / memory.references if memory.references else 0.0,
+        num_shared_blocks=allocator.num_shared,
+        num_lookahead_blocks=memory.lookahead,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from scheduler_svc.core.blocks import BlockAllocator
 from scheduler_svc.core.config import CoreConfig
@@ -30,6 +31,15 @@ class Flight:
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
 BUSY_TOKENS = 1024
+
+
+class Memory(NamedTuple):
+    """What the block tables hold, each block counted once. Blocks unless the name says otherwise."""
+
+    references: int  # entries of all block tables: what they would hold if none were shared
+    held: int
+    lookahead: int  # which hold no known token: for tokens that steps in flight are still to draw
+    unused_slots: int  # token slots of held blocks without a known token's KV, look-ahead included
 
 
 class Worker:
@@ -185,18 +195,19 @@ class Worker:
                 total -= group.num_prompt // size
         return total
 
-    def memory(self) -> tuple[int, int, int]:
-        """(allocated token slots, used ones, references to blocks) over all running sequences."""
-        size = self.block_size
-        fill: dict[int, int] = {}
-        references = 0
-        for group in self.running.values():
-            for sequence in group.samples:
-                references += len(sequence.blocks)
-                scheduled = int(self.rows.scheduled[sequence.slot]) if sequence.blocks else 0
-                for i, block in enumerate(sequence.blocks):
-                    fill[block] = max(fill.get(block, 0), min(size, max(0, scheduled - i * size)))
-        return len(fill) * size, sum(fill.values()), references
+    def memory(self) -> Memory:
+        """What is held now and what of it is unused; O(rows), for only the ends of tables are looked at."""
+        size, allocator = self.block_size, self.allocator
+        references, lookahead, unused = 0, 0, 0.0
+        for sequence in filter(None, self.rows.sequences):
+            blocks = sequence.blocks
+            references += len(blocks)
+            known = min(int(self.rows.scheduled[sequence.slot]), len(sequence.tokens))
+            for i in range(known // size, len(blocks)):
+                # All holders of a block that is not full have filled it alike: each counts its part of it.
+                unused += min(size, (i + 1) * size - known) / allocator.ref_count(blocks[i])
+                lookahead += known <= i * size
+        return Memory(references, allocator.num_blocks - allocator.num_free, lookahead, round(unused))
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless reference counts, slots and rows agree."""

@@ -105,7 +105,7 @@ def tokenizer() -> Any:
 
 
 @functools.cache
-def _records(language: str) -> list[tuple[str, str]]:
+def question_pairs(language: str) -> list[tuple[str, str]]:
     """Instruction and answer pairs, in the package's order."""
     loaded = json.loads((data_folder() / f"alpaca_{language}_demo.json").read_text(encoding="utf-8"))
     return [("\n".join(filter(None, (r["instruction"], r["input"]))), r["output"]) for r in loaded]
@@ -135,7 +135,7 @@ def _user(text: str) -> Message:
 
 def _conversation(language: str, start: int, limit: int) -> list[Message]:
     """Turns from consecutive records that fill `limit` tokens as nearly as the records near `start` allow."""
-    records = _records(language)
+    records = question_pairs(language)
     messages = [_user(records[start][0])]
     for question, answer in records[start + 1 : start + 40]:
         longer = [*messages[:-1], _user(question), {"role": "assistant", "content": answer}, messages[-1]]
@@ -161,7 +161,7 @@ def _spread(low: int, high: int, n: int) -> list[int]:
 
 def _instructions(language: str, n: int, shortest: int) -> list[str]:
     """`n` instructions whose lengths spread from `shortest` tokens to the longest that there is."""
-    texts = [(len(encode(text)), text) for text, _ in _records(language)]
+    texts = [(len(encode(text)), text) for text, _ in question_pairs(language)]
     texts = sorted(pair for pair in texts if pair[0] >= shortest)
     # A third of the picks are among the ten longest, because the lengths pile up at the short end.
     places = _spread(0, len(texts) * 49 // 50, n - n // 3) + _spread(len(texts) - 10, len(texts) - 1, n // 3)
@@ -188,7 +188,7 @@ def _build() -> Iterator[tuple[str, str, list[int]]]:
     for i, length in enumerate(_spread(60, 980, 16)):
         yield "article", "en", _wiki(i, length)
     for i, length in enumerate(_spread(100, 800, 8)):
-        passage = "\n".join(answer for _, answer in _records("zh")[400 + 10 * i : 410 + 10 * i])
+        passage = "\n".join(answer for _, answer in question_pairs("zh")[400 + 10 * i : 410 + 10 * i])
         yield "article", "zh", encode(passage)[:length]
     for i, length in enumerate(_spread(1050, LONGEST, 6)):
         yield "article", "en", _wiki(16 + i, length)

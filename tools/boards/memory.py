@@ -28,7 +28,7 @@ def headline() -> list[Panel]:
         ),
         stat(
             "Wasted",
-            "Token slots allocated and not used, of those allocated: the ends of last blocks.",
+            "Token slots allocated and not used, of those allocated: ends of blocks, and look-ahead.",
             Query(total("kv_waste_ratio", only=WORKER, how="max"), "waste"),
             "percentunit",
         ),
@@ -59,18 +59,31 @@ def blocks() -> list[Panel]:
             [Query(total("kv_cache_usage_perc", "engine", WORKER, "max"), "{{engine}}")],
             "percentunit",
             highest=1,
+            width=6,
+        ),
+        lines(
+            "Shared, and ahead",
+            "Held blocks in several block tables; and those for tokens that are not known yet.",
+            [
+                Query(total("kv_shared_blocks", only=WORKER), "shared"),
+                Query(total("kv_lookahead_blocks", only=WORKER), "ahead"),
+            ],
+            "short",
+            width=6,
         ),
         lines(
             "Saved by sharing",
             "Samples of one prompt, and prompts that begin alike, refer to the same blocks.",
             [Query(total("kv_sharing_ratio", "engine", WORKER, "max"), "{{engine}}")],
             "percentunit",
+            width=6,
         ),
         lines(
             "Wasted",
             "Token slots allocated and not used. Smaller blocks waste less and cost more.",
             [Query(total("kv_waste_ratio", "engine", WORKER, "max"), "{{engine}}")],
             "percentunit",
+            width=6,
         ),
     ]
 

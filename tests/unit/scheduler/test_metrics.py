@@ -58,6 +58,10 @@ async def test_counters_are_those_of_the_requests(local: LocalScheduler, metrics
         samples = await asyncio.to_thread(fetch, metrics_port)
         assert value(samples, "num_requests_running", model_name="simulated", engine="scheduler") == 1
         assert value(samples, "kv_cache_usage_perc", engine="w0") > 0
+        states = [value(samples, "kv_blocks", engine="w0", state=s) for s in ("free", "cached", "held")]
+        assert sum(states) == 512 and states[-1] > 0
+        assert value(samples, "kv_shared_blocks", engine="w0") == 0, "one request is on its own"
+        assert value(samples, "kv_lookahead_blocks", engine="w0") <= states[-1]
         await client.stop(long)
         await until(lambda: not local.engine.core.groups)
     samples = await asyncio.to_thread(fetch, metrics_port)

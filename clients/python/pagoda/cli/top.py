@@ -82,8 +82,8 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _workers(now: spb.Snapshot) -> Table:
-    counts = (">slots", ">blocks", ">cached", ">free", ">m", ">step ms", ">waste", ">shared")
-    table = _table("workers", "worker", *counts, "device...")
+    blocks = (">blocks", ">cached", ">free", ">shared", ">saved", ">ahead", ">waste")
+    table = _table("workers", "worker", ">slots", *blocks, ">m", ">step ms", "device...")
     for worker in now.workers:
         used = worker.num_blocks - worker.num_free_blocks - worker.num_cached_blocks
         table.add_row(
@@ -92,10 +92,12 @@ def _workers(now: spb.Snapshot) -> Table:
             f"{used}/{worker.num_blocks}",
             str(worker.num_cached_blocks),
             str(worker.num_free_blocks),
+            str(worker.num_shared_blocks),
+            f"{worker.kv_sharing_ratio:.1%}",
+            str(worker.num_lookahead_blocks),
+            f"{worker.kv_waste_ratio:.1%}",
             str(worker.horizon),
             f"{worker.step_us / 1000:.2f}",
-            f"{worker.kv_waste_ratio:.1%}",
-            f"{worker.kv_sharing_ratio:.1%}",
             worker.device,
         )
     return table
