@@ -1,0 +1,82 @@
+"""Beam search by the book: transformers' rules in plain Python, over any model, with no engine at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Logprobs = npt.NDArray[np.float64]
+Model = Callable[[tuple[int, ...]], Logprobs]
+"""The logprobs of the next token after a history."""
+
+HEURISTIC, FIRST, NEVER = 1, 2, 3  # `pagoda.v1.EarlyStopping`: transformers' False, True and "never"
+OUT = -1e9
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output, without its prompt."""
+
+    tokens: tuple[int, ...]
+    score: float
+    stopped: bool
+
+
+def beam_search(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    width: int,
+    n: int,
+    max_tokens: int,
+    stops: Sequence[int] = (),
+    min_tokens: int = 0,
+    length_penalty: float = 1.0,
+    early_stopping: int = HEURISTIC,
+) -> list[Result]:
+    """The n best results, best first: `_beam_search` of transformers for one prompt, arrays for tensors."""
+    prompt = tuple(prompt)
+    sequences = [prompt] * width
+    running = np.array([0.0] + [OUT] * (width - 1))
+    finished: list[Result | None] = [None] * width
+    scores = np.full(width, OUT)
+    length = 0
+    while True:
+        rows = np.stack([_masked(model(s), stops if length < min_tokens else ()) for s in sequences])
+        total = rows + running[:, None]
+        keep = max(2, 1 + len(stops)) * width
+        order = np.argsort(-total, axis=None, kind="stable")[:keep]
+        parents, tokens = np.divmod(order, rows.shape[1])
+        found = total.reshape(-1)[order]
+        length += 1
+        hits = np.array([length >= max_tokens or t in stops for t in tokens.tolist()])
+
+        following = np.where(hits, found + OUT, found)
+        chosen = np.argsort(-following, kind="stable")[:width]
+        merged = [*finished]
+        merged_scores = [*scores]
+        for i in range(width):  # no more than the best may be final
+            if hits[i]:
+                output = (*sequences[parents[i]], int(tokens[i]))[len(prompt) :]
+                score = float(found[i] / length**length_penalty)
+                merged.append(Result(output, score, int(tokens[i]) in stops))
+                merged_scores.append(score)
+        best = np.argsort(-np.array(merged_scores), kind="stable")[:width]
+        finished, scores = [merged[i] for i in best], np.array(merged_scores)[best]
+        sequences = [(*sequences[parents[i]], int(tokens[i])) for i in chosen]
+        running = following[chosen]
+
+        reach = max_tokens if early_stopping == NEVER and length_penalty > 0 else length
+        full = all(result is not None for result in finished)
+        hopeless = full and running[0] / reach**length_penalty <= scores.min()
+        if hopeless or (full and early_stopping == FIRST) or hits.all():
+            return [result for result in finished if result is not None][:n]
+
+
+def _masked(logprobs: Logprobs, banned: Sequence[int]) -> Logprobs:
+    masked = logprobs.copy()
+    masked[list(banned)] = -np.inf
+    return masked
