@@ -36,8 +36,13 @@ def beam_search(
     min_tokens: int = 0,
     length_penalty: float = 1.0,
     early_stopping: int = HEURISTIC,
+    gaps: list[float] | None = None,
 ) -> list[Result]:
-    """The n best results, best first: `_beam_search` of transformers for one prompt, arrays for tensors."""
+    """The n best results, best first: `_beam_search` of transformers for one prompt, arrays for tensors.
+
+    `gaps` takes how close each decision was: who is among the best, and whether the search has ended.
+    """
+    gaps = [] if gaps is None else gaps
     prompt = tuple(prompt)
     sequences = [prompt] * width
     running = np.array([0.0] + [OUT] * (width - 1))
@@ -48,7 +53,7 @@ def beam_search(
         rows = np.stack([_masked(model(s), stops if length < min_tokens else ()) for s in sequences])
         total = rows + running[:, None]
         keep = max(2, 1 + len(stops)) * width
-        order = np.argsort(-total, axis=None, kind="stable")[:keep]
+        order = _best(total.reshape(-1), keep)
         parents, tokens = np.divmod(order, rows.shape[1])
         found = total.reshape(-1)[order]
         length += 1
@@ -66,14 +71,29 @@ def beam_search(
                 merged_scores.append(score)
         best = np.argsort(-np.array(merged_scores), kind="stable")[:width]
         finished, scores = [merged[i] for i in best], np.array(merged_scores)[best]
+        gaps.append(float(np.diff(-found[np.isfinite(found)]).min()))
+        rated = [r.score for r in merged if r is not None]
+        if len(rated) > 1:
+            gaps.append(float(np.diff(np.sort(rated)).min()))
         sequences = [(*sequences[parents[i]], int(tokens[i])) for i in chosen]
         running = following[chosen]
 
         reach = max_tokens if early_stopping == NEVER and length_penalty > 0 else length
         full = all(result is not None for result in finished)
+        if full:
+            gaps.append(abs(float(running[0] / reach**length_penalty - scores.min())))
         hopeless = full and running[0] / reach**length_penalty <= scores.min()
         if hopeless or (full and early_stopping == FIRST) or hits.all():
             return [result for result in finished if result is not None][:n]
+
+
+def _best(values: Logprobs, count: int) -> npt.NDArray[np.int64]:
+    """Places of the greatest values, greatest first, ties lowest place first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    least = np.partition(values, -count)[-count]
+    places = np.flatnonzero(values >= least)
+    return places[np.argsort(-values[places], kind="stable")][:count]
 
 
 def _masked(logprobs: Logprobs, banned: Sequence[int]) -> Logprobs:

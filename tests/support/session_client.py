@@ -24,6 +24,7 @@ class Received:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, list[pb.TokenLogprob]] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
     prompt_logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     usage: pb.Usage | None = None
     failure: pb.RequestFailure | None = None
@@ -127,6 +128,8 @@ class SessionClient:
                 entry += count
             if row in reasons:
                 received.reasons[index] = reasons[row]
+        for row, score in zip(out.score_rows, out.scores, strict=True):
+            self.received[out.handles[row]].scores[out.indexes[row] if out.indexes else 0] = score
         told = 0
         for handle, count in zip(out.prompt_handles, out.num_prompt_logprobs, strict=True):
             received = self.received[handle]
