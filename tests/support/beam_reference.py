@@ -53,10 +53,12 @@ def beam_search(
         rows = np.stack([_masked(model(s), stops if length < min_tokens else ()) for s in sequences])
         total = rows + running[:, None]
         keep = max(2, 1 + len(stops)) * width
-        order = _best(total.reshape(-1), keep)
+        order = _best(total.reshape(-1), keep + 1)
         parents, tokens = np.divmod(order, rows.shape[1])
         found = total.reshape(-1)[order]
         length += 1
+        _note_gaps(gaps, found, [length >= max_tokens or t in stops for t in tokens.tolist()], width)
+        parents, tokens, found = parents[:keep], tokens[:keep], found[:keep]
         hits = np.array([length >= max_tokens or t in stops for t in tokens.tolist()])
 
         following = np.where(hits, found + OUT, found)
@@ -71,10 +73,8 @@ def beam_search(
                 merged_scores.append(score)
         best = np.argsort(-np.array(merged_scores), kind="stable")[:width]
         finished, scores = [merged[i] for i in best], np.array(merged_scores)[best]
-        gaps.append(float(np.diff(-found[np.isfinite(found)]).min()))
-        rated = [r.score for r in merged if r is not None]
-        if len(rated) > 1:
-            gaps.append(float(np.diff(np.sort(rated)).min()))
+        rated = np.sort(merged_scores)[::-1]
+        gaps += (rated[width - 1 : width] - rated[width : width + 1]).tolist()
         sequences = [(*sequences[parents[i]], int(tokens[i])) for i in chosen]
         running = following[chosen]
 
@@ -84,6 +84,7 @@ def beam_search(
             gaps.append(abs(float(running[0] / reach**length_penalty - scores.min())))
         hopeless = full and running[0] / reach**length_penalty <= scores.min()
         if hopeless or (full and early_stopping == FIRST) or hits.all():
+            gaps += (scores[: n - 1] - scores[1:n]).tolist()
             return [result for result in finished if result is not None][:n]
 
 
@@ -94,6 +95,14 @@ def _best(values: Logprobs, count: int) -> npt.NDArray[np.int64]:
     least = np.partition(values, -count)[-count]
     places = np.flatnonzero(values >= least)
     return places[np.argsort(-values[places], kind="stable")][:count]
+
+
+def _note_gaps(gaps: list[float], found: Logprobs, hits: list[bool], width: int) -> None:
+    """How close a step was: who goes on, and who may be final."""
+    going = found[np.logical_not(hits)]
+    gaps += (going[width - 1 : width] - going[width : width + 1]).tolist()
+    if any(hits[width - 1 : width + 1]):
+        gaps += (found[width - 1 : width] - found[width : width + 1]).tolist()
 
 
 def _masked(logprobs: Logprobs, banned: Sequence[int]) -> Logprobs:
