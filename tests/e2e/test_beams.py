@@ -16,13 +16,28 @@ from pathlib import Path
 import grpc
 import pytest
 
+from pagoda.v1 import scheduler_pb2 as pb
 from pagoda.v1 import scheduler_pb2_grpc as rpc
 from scheduler_svc import record
 from tests.support import figures
-from tests.support.beams import Case, Wanted, check, equal, matrix, run, run_async, wanted
+from tests.support.beam_reference import beam_search
+from tests.support.beam_transformers import real
+from tests.support.beams import (
+    LENGTH_PENALTIES,
+    WAYS_TO_END,
+    Case,
+    Wanted,
+    check,
+    equal,
+    matrix,
+    run,
+    run_async,
+    wanted,
+)
 from tests.support.cluster import cluster
 from tests.support.data import model_folder
-from tests.support.runs import read_record, shorter_than
+from tests.support.reference import EXCUSED_MARGIN
+from tests.support.runs import complete, read_record, shorter_than
 from tests.support.scale import scaled
 from tests.support.session_client import Received, SessionClient, request
 from tests.support.supervised import supervised
@@ -148,3 +163,54 @@ def test_searches_beside_samples_report_logprobs_and_can_be_left(reference: Refe
                 assert entry.rank == place + 1 and entry.logprob == pytest.approx(
                     entry.top_logprobs[place], abs=1e-3
                 )
+
+
+def test_searches_that_await_verdicts(tmp_path: Path) -> None:
+    """The session says which outputs end; the search is the one whose outputs end there by themselves."""
+    prompt = shorter_than(60, 1)[0].ids
+    said: dict[int, list[tuple[int, ...]]] = {}
+
+    def halts(output: tuple[int, ...]) -> bool:
+        return output[-1] % 5 == 0
+
+    def judge(asked: pb.BeamCandidates) -> list[int]:
+        before = [said[asked.handle][i] for i in asked.parents] if asked.step else [()] * len(asked.token_ids)
+        said[asked.handle] = [(*b, token) for b, token in zip(before, asked.token_ids, strict=True)]
+        return [i for i, output in enumerate(said[asked.handle]) if halts(output)]
+
+    settings = [
+        {"width": 4, "n": 4, "max_tokens": 8, "length_penalty": penalty, "early_stopping": way}
+        for penalty in LENGTH_PENALTIES
+        for way in WAYS_TO_END
+    ]
+    requests = [
+        request(
+            prompt, beam_width=s["width"], n=s["n"], max_tokens=s["max_tokens"], ignore_eos=True,
+            length_penalty=s["length_penalty"], early_stopping=s["early_stopping"], await_verdicts=True,
+        )
+        for s in settings
+    ]  # fmt: skip
+
+    async def ask(address: str) -> list[Received]:
+        async with SessionClient(address) as client:
+            client.judge = judge
+            return await client.results(await client.submit(*requests))
+
+    recorded = tmp_path / "record"
+    with cluster(
+        model=str(model_folder()),
+        scheduler_args=("--record", str(recorded)),
+        worker_args=("--num-blocks", "512"),
+    ) as running:
+        got = asyncio.run(ask(running.scheduler.address))
+        with (
+            grpc.insecure_channel(running.scheduler.address) as channel,
+            pytest.raises(grpc.RpcError, match="await_verdicts"),
+        ):
+            list(rpc.SchedulerServiceStub(channel).GenerateTokens(requests[0]))
+    record.replay(recorded)
+    assert said
+    for s, received in zip(settings, got, strict=True):
+        gaps: list[float] = []
+        results = beam_search(real, prompt, halts=halts, gaps=gaps, **s)
+        assert equal(complete(received), results) or min(gaps) <= EXCUSED_MARGIN, (s, min(gaps))

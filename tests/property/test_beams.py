@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler_svc.core.config import CoreConfig
-from scheduler_svc.core.events import Finish, RequestArrived, Sampling, SessionOutput
+from scheduler_svc.core.events import (
+    BeamCandidates,
+    Finish,
+    RequestArrived,
+    Sampling,
+    SessionOutput,
+    VerdictGiven,
+)
 from tests.property.test_core import World, random_prompt
 from tests.support.beam_reference import FIRST, HEURISTIC, NEVER, Result, beam_search
 from tests.support.model_device import STOP_ID, VOCAB, logprobs_after
@@ -25,6 +32,8 @@ class BeamWorld(World):
         super().__init__(seed, config, **sizes)
         self.scores: dict[tuple[int, int], float] = {}
         self.wanted: dict[int, list[Result]] = {}
+        self.judged: dict[int, list[tuple[int, ...]]] = {}  # by key: the outputs of the last candidates
+        self.asked: list[BeamCandidates] = []
 
     def search(self, prompt: list[int], max_tokens: int, width: int, n: int, **options: Any) -> int | None:
         """A search arrives; its key, or None where it could never run."""
@@ -41,6 +50,7 @@ class BeamWorld(World):
             logprobs_after, prompt, width=width, n=n, max_tokens=min(max_tokens, 200 - len(prompt)),
             stops=sampling.stop_token_ids, min_tokens=sampling.min_tokens,
             length_penalty=sampling.length_penalty, early_stopping=sampling.early_stopping,
+            halts=halts if sampling.await_verdicts else None,
         )  # fmt: skip
         self.apply(event)
         return key
@@ -50,7 +60,29 @@ class BeamWorld(World):
             return super().expected(request, index)
         return list(self.wanted[request.key][index].tokens)
 
+    def answer(self, name: str) -> bool:
+        """A step's answer, or a verdict, if any is due."""
+        if self.asked and (self.random.random() < 0.5 or not self.answers.get(name)):
+            asked = self.asked.pop(0)
+            key = asked.handle // 10
+            stopped = [i for i, output in enumerate(self.judged[key]) if halts(output)]
+            self.apply(VerdictGiven(key, asked.step + 1, (0,)))  # not awaited: no error, and no effect
+            self.apply(VerdictGiven(key, asked.step, tuple(stopped)))
+            return True
+        return super().answer(name)
+
     def took(self, out: SessionOutput) -> None:
+        for asked in out.candidates:
+            key = asked.handle // 10
+            assert bool(asked.parents) == (asked.step > 0), (
+                "a first candidate has a parent, or a later one none"
+            )
+            before = (
+                [self.judged[key][i] for i in asked.parents] if asked.step else [()] * len(asked.token_ids)
+            )
+            self.judged[key] = [(*b, t) for b, t in zip(before, asked.token_ids, strict=True)]
+            assert {len(output) for output in self.judged[key]} == {asked.step + 1}
+            self.asked.append(asked)
         indexes, counts = out.indexes or [0] * len(out.handles), out.num_tokens or [1] * len(out.handles)
         reasons = dict(zip(out.ended_rows, out.ended_reasons, strict=True))
         scores = dict(zip(out.score_rows, out.scores, strict=True))
@@ -76,6 +108,11 @@ class BeamWorld(World):
                 assert entry.rank == (best.index(tokens[i]) + 1 if tokens[i] in best else 0)
 
 
+def halts(output: tuple[int, ...]) -> bool:
+    """Stands for a stop string, such as two tokens may make."""
+    return len(output) > 1 and sum(output[-2:]) % 9 == 0
+
+
 def random_search(world: BeamWorld, shared: list[list[int]]) -> None:
     choose = world.random
     width = choose.choice(WIDTHS)
@@ -88,6 +125,7 @@ def random_search(world: BeamWorld, shared: list[list[int]]) -> None:
         early_stopping=choose.choice((HEURISTIC, FIRST, NEVER)),
         min_tokens=choose.choice((0, 0, 1)),
         num_logprobs=choose.choice((None, None, 0, 3)),
+        await_verdicts=choose.random() < 0.3,
         stop_token_ids=choose.choice(((), (STOP_ID,), (STOP_ID, 3), (STOP_ID, 1, 2, 3))),
     )
 

@@ -37,10 +37,13 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: int = HEURISTIC,
     gaps: list[float] | None = None,
+    halts: Callable[[tuple[int, ...]], bool] | None = None,
 ) -> list[Result]:
     """The n best results, best first: `_beam_search` of transformers for one prompt, arrays for tensors.
 
     `gaps` takes how close each decision was: who is among the best, and whether the search has ended.
+    `halts` says which outputs end beside those with a stop id. Here alone the search differs from
+    transformers', which takes the next best in their place: others go on alone, and branch again.
     """
     gaps = [] if gaps is None else gaps
     prompt = tuple(prompt)
@@ -59,17 +62,20 @@ def beam_search(
         length += 1
         _note_gaps(gaps, found, [length >= max_tokens or t in stops for t in tokens.tolist()], width)
         parents, tokens, found = parents[:keep], tokens[:keep], found[:keep]
-        hits = np.array([length >= max_tokens or t in stops for t in tokens.tolist()])
+        outputs = [(*sequences[p], t)[len(prompt) :] for p, t in zip(parents, tokens.tolist(), strict=True)]
+        hits = np.array([length >= max_tokens or output[-1] in stops for output in outputs])
 
         following = np.where(hits, found + OUT, found)
         chosen = np.argsort(-following, kind="stable")[:width]
+        halted = np.array([bool(halts and halts(output)) for output in outputs])
+        hits |= halted
+        chosen = chosen[~halted[chosen]]
         merged = [*finished]
         merged_scores = [*scores]
         for i in range(width):  # no more than the best may be final
             if hits[i]:
-                output = (*sequences[parents[i]], int(tokens[i]))[len(prompt) :]
                 score = float(found[i] / length**length_penalty)
-                merged.append(Result(output, score, int(tokens[i]) in stops))
+                merged.append(Result(outputs[i], score, bool(halted[i]) or outputs[i][-1] in stops))
                 merged_scores.append(score)
         best = np.argsort(-np.array(merged_scores), kind="stable")[:width]
         finished, scores = [merged[i] for i in best], np.array(merged_scores)[best]
@@ -80,8 +86,10 @@ def beam_search(
 
         reach = max_tokens if early_stopping == NEVER and length_penalty > 0 else length
         full = all(result is not None for result in finished)
-        if full:
+        if full and len(chosen):
             gaps.append(abs(float(running[0] / reach**length_penalty - scores.min())))
+        if not len(chosen):
+            return [result for result in finished if result is not None][:n]
         hopeless = full and running[0] / reach**length_penalty <= scores.min()
         if hopeless or (full and early_stopping == FIRST) or hits.all():
             gaps += (scores[: n - 1] - scores[1:n]).tolist()

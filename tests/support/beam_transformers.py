@@ -7,6 +7,7 @@ end from that: each answer is `generate`'s own, over a model that only repeats.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,14 @@ def over(model: Model, vocab_size: int, prompt: Sequence[int], settings: Setting
     told = Told(model, vocab_size)
     told.generation_config.eos_token_id = None
     return search(told, prompt, settings, use_cache=False)
+
+
+@functools.cache
+@torch.inference_mode()
+def real(history: tuple[int, ...]) -> np.ndarray:
+    """The real model's logprobs after any history; slow."""
+    logits = reference.model()(torch.tensor([list(history)]), logits_to_keep=1).logits[0, -1]
+    return torch.log_softmax(logits, -1).double().numpy()
 
 
 class Recorded(transformers.LogitsProcessor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ class SessionClient:
     """Use as an async context manager; `accepted` is the newest SessionAccepted."""
 
     def __init__(self, address: str, token: str = "", name: str = "test") -> None:
+        self.judge: Callable[[pb.BeamCandidates], list[int]] | None = None  # places of those that end
         self.received: dict[int, Received] = {}
         self.accepted: list[pb.SessionAccepted] = []
         self.num_messages = 0
@@ -64,6 +65,13 @@ class SessionClient:
             if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                 return
             self._take(message)
+            for asked in message.output.candidates:
+                assert self.judge is not None, "candidates came that nobody asked for"
+                stopped = self.judge(asked)
+                batch = pb.VerdictBatch(
+                    handles=[asked.handle], steps=[asked.step], num_stopped=[len(stopped)], stopped=stopped
+                )
+                await self._write(pb.SessionRequest(verdicts=batch))
 
     async def ended_with(self) -> grpc.StatusCode:
         """Wait until the scheduler ends the stream; the status."""
