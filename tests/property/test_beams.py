@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,6 +127,7 @@ def random_search(world: BeamWorld, shared: list[list[int]]) -> None:
         min_tokens=choose.choice((0, 0, 1)),
         num_logprobs=choose.choice((None, None, 0, 3)),
         await_verdicts=choose.random() < 0.3,
+        num_prompt_logprobs=choose.choice((None, None, 3)),
         stop_token_ids=choose.choice(((), (STOP_ID,), (STOP_ID, 3), (STOP_ID, 1, 2, 3))),
     )
 
@@ -188,3 +190,70 @@ def test_small_cache_preempts_searches() -> None:
         world = run_world(seed, 600, CoreConfig(), blocks=40, block_size=4, slots=20, budget=60)
         total += world.core.stats.num_preemptions
     assert total > 20
+
+
+def roomy(**config: Any) -> BeamWorld:
+    world = BeamWorld(5, CoreConfig(**config), blocks=200, block_size=4, slots=16, budget=100)
+    world.attach("w")
+    return world
+
+
+def test_beams_share_what_they_have_in_common() -> None:
+    """A prompt of two and a half blocks: the full ones stand once, three tails are copied at once."""
+    world = roomy()
+    world.search(list(range(10)), 8, width=4, n=4, stop_token_ids=())
+    worker = world.core.workers["w"]
+    world.plan("w")
+    assert worker.allocator.num_blocks - worker.allocator.num_free == 3, "beams that are to come hold nothing"
+    world.answer("w")
+    plan = world.core.plan("w", world.now)
+    assert plan is not None
+    assert plan.beam_parent_slots == [0] * 4 and len(plan.new_rows) == 3 and not plan.append_blocks
+    assert len(plan.copy_src_blocks) == 3 and len(set(plan.copy_src_blocks)) == 1
+    assert worker.allocator.num_blocks - worker.allocator.num_free == 2 + 4
+    world.answers["w"].append(world.devices["w"].run(plan))
+    world.drain()
+    world.check()
+
+
+def test_nobody_waits_for_a_search() -> None:
+    """Samples run ahead of a search's answer, and searches that wait for their answers share steps."""
+    world = roomy(horizon_us=0, max_inflight=2)
+    first = world.search([1, 2, 3], 6, width=2, n=1, stop_token_ids=())
+    world.arrive([4, 5, 6], 1, 60)
+    world.plan("w")
+    with_search, without = world.core.plan("w", world.now), world.core.workers["w"]
+    assert with_search is not None and not with_search.beam_rows and len(with_search.slots) == 1
+    assert [len(flight.searches) for flight in without.inflight] == [1, 0]
+    world.answers["w"].append(world.devices["w"].run(with_search))
+    world.drain()
+    assert first in world.ended
+
+    world = roomy(max_inflight=2)
+    world.search([1, 2, 3], 6, width=2, n=1, stop_token_ids=())
+    world.plan("w")
+    world.search([4, 5, 6], 6, width=2, n=1, stop_token_ids=())
+    world.plan("w")
+    assert len(world.core.workers["w"].inflight) == 2
+    world.answer("w")
+    assert not world.plan("w"), "the first one waits for the second"
+    world.answer("w")
+    plan = world.core.plan("w", world.now)
+    assert plan is not None and plan.beam_counts == [2, 2]
+    world.answers["w"].append(world.devices["w"].run(plan))
+    world.drain()
+    world.check()
+
+
+def test_logits_that_are_not_finite_fail_a_search_alone() -> None:
+    world = roomy()
+    world.search([1] * 9, 6, width=2, n=1)
+    world.search([2] * 9, 6, width=2, n=1)
+    world.plan("w")
+    answer = world.answers["w"].popleft()
+    scores = [float("nan"), *answer.beam_scores[1:]]
+    world.apply(msgspec.structs.replace(answer, beam_scores=scores))
+    assert list(world.ended.values()) == [Finish.ERROR]
+    assert len(world.core.workers["w"].index.blocks()) == 2, "only the other's full blocks may be hit"
+    world.drain()
+    world.check()
