@@ -1,6 +1,6 @@
 """Beam exactness in full: Pagoda's searches beside transformers' `generate(num_beams=...)`, on real prompts.
 
-    python -m benchmarks.beams --out FILE [--prompts 40] [--first 0] [--max-tokens 16] [--at-once 8]
+    python -m benchmarks.beams --json FILE [--prompts 40] [--first 0] [--max-tokens 16] [--at-once 8]
                                [--num-blocks 2048] [--scheduler=--no-prefix-cache ...]
 
 Every width (2, 4, 8), one and two stop ids, three length penalties and the three ways to end: 54 searches a
@@ -90,7 +90,7 @@ def measure(prompts: list[Prompt], options: argparse.Namespace) -> dict[str, obj
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description="beam searches beside transformers'")
-    parser.add_argument("--out", type=Path, required=True, help="where to write the figures, as JSON")
+    parser.add_argument("--json", type=Path, required=True, help="where to write the figures, as JSON")
     parser.add_argument("--prompts", type=int, default=40, help="how many (40)")
     parser.add_argument("--first", type=int, default=0, help="leave out so many (0)")
     parser.add_argument("--max-tokens", type=int, default=16, help="of each result (16)")
@@ -102,7 +102,7 @@ def main() -> None:
     prompts = shorter_than(LONGEST, options.first + options.prompts)[options.first :]
     settings = {name: getattr(options, name) for name in ("max_tokens", "at_once", "num_blocks", "scheduler")}
     figures = settings | measure(prompts, options)
-    options.out.write_text(json.dumps(figures, indent=1) + "\n")
+    options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({name: value for name, value in figures.items() if name != "wrong"}))
     if figures["wrong"]:
         sys.exit("\n".join(map(str, figures["wrong"])))  # type: ignore[call-overload]

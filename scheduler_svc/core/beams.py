@@ -8,7 +8,6 @@ length penalty; the best `width` of those that do not end go on; a full row ends
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -90,10 +89,6 @@ class Search:
         """What searches have in common that a device can handle together."""
         return len(self.beams), self.width
 
-    def is_finite(self, candidates: Candidates) -> bool:
-        """Whether the model's logits were."""
-        return not any(math.isnan(c.score) for c in (*candidates.best, *candidates.rest))
-
     def ask(self, handle: int, candidates: Candidates) -> BeamCandidates:
         """Wait for a verdict on what may go on."""
         self.awaiting = candidates
@@ -154,8 +149,8 @@ class Search:
         have none; on `worker`, unless it is None, they share the blocks of their parents."""
         before = [beam.sequence for beam in self.beams]
         kept = {c.parent: before[c.parent] for _, c in chosen}
-        keeps = {id(sequence) for sequence in kept.values()}
-        spare = iter([s for s in samples if id(s) not in keeps])
+        keeps = {sequence.index for sequence in kept.values()}
+        spare = iter([sample for sample in samples if sample.index not in keeps])
         beams = []
         for origin, candidate in chosen:
             parent = before[candidate.parent]

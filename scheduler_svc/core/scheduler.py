@@ -319,7 +319,7 @@ class Scheduler:
             candidates = Candidates(best, rest, list(islice(tops, len(search.beams) if asks else 0)))
             if group.state is State.ENDED:
                 continue  # it ended before; its candidates are discarded
-            if not search.is_finite(candidates):
+            if any(math.isnan(candidate.score) for candidate in best + rest):
                 for beam in search.beams:
                     worker.forget_content(beam.sequence)
                 self._fail(group, "the model's logits were not finite", now)
