@@ -91,7 +91,7 @@ def test_searches_equal_transformers(reference: Reference, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("mode", ["recompute"])
 def test_searches_that_are_preempted(widest: Reference, mode: str) -> None:
-    """The cache holds two searches or three, and four are under way beside samples that others wait for."""
+    """The cache holds few searches, and eight are under way."""
     cases, wants = widest
     with cluster(
         model=str(model_folder()),
