@@ -116,9 +116,9 @@ class _Step:
             assert sequence is not None
             self.flight.sampling.append(sequence)
         self.decoding = self.flight.sampling
-        is_beam = worker.rows.is_beam[decodes].tolist()
-        if any(is_beam):
-            self._searches(is_beam)
+        is_beam = worker.rows.is_beam[decodes]
+        if is_beam.any():
+            self._searches(is_beam.tolist())
 
     # --------------------------------------------------------------------------------------- decodes
 
