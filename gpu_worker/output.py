@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,16 @@ def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepRe
     result = worker_pb2.StepResult(epoch=epoch, step_id=step_id)
     if outputs.prompts is not None:
         _add_prompts(result, *outputs.prompts)
+    if outputs.found is not None:
+        parents, ids, scores = outputs.found.numpy()
+        result.beam_parents.extend(parents.tolist())
+        result.beam_tokens.extend(ids.tolist())
+        result.beam_scores.extend(scores.view(np.float32).tolist())
+    if outputs.alternatives is not None:
+        wanted, top_ids, top_logprobs = outputs.alternatives
+        asked = [num_top for num_top in wanted if num_top >= 0]
+        rows = np.array(wanted) >= 0
+        _add_tops(result.beam_logprobs, asked, top_ids.cpu().numpy()[rows], top_logprobs.cpu().numpy()[rows])
     if outputs.drawn is None:
         return result
     values = outputs.drawn.numpy()
@@ -77,12 +87,19 @@ def _add_prompts(result: worker_pb2.StepResult, wanted: Wanted, logprobs: Sample
     columns = result.prompt_logprobs
     columns.token_logprobs.extend(logprobs.token_logprob.tolist())
     columns.ranks.extend(logprobs.rank.tolist())
-    most = logprobs.top_ids.shape[1]
-    num_top = np.repeat(np.minimum(wanted.num_top, most), wanted.counts)
-    taken = np.arange(most) < num_top[:, None]
+    asked = np.repeat(wanted.num_top, wanted.counts)
+    _add_tops(columns, asked, logprobs.top_ids.cpu().numpy(), logprobs.top_logprobs.cpu().numpy())
+
+
+def _add_tops(
+    columns: worker_pb2.LogprobColumns, asked: Sequence[int] | np.ndarray, ids: np.ndarray, values: np.ndarray
+) -> None:
+    """Of each row's best tokens, as many as it asked for."""
+    num_top = np.minimum(asked, ids.shape[1])
+    taken = np.arange(ids.shape[1]) < num_top[:, None]
     columns.num_top.extend(num_top.tolist())
-    columns.top_ids.extend(logprobs.top_ids.cpu().numpy()[taken].tolist())
-    columns.top_logprobs.extend(logprobs.top_logprobs.cpu().numpy()[taken].tolist())
+    columns.top_ids.extend(ids[taken].tolist())
+    columns.top_logprobs.extend(values[taken].tolist())
 
 
 def microseconds(seconds: float) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
+from gpu_worker.beams import Beams
 from gpu_worker.grammar import Grammars
 from gpu_worker.graphs import NUM_FIRST, Graphs, Part
 from gpu_worker.kv_cache import KVCache
@@ -14,6 +15,7 @@ from gpu_worker.models.decoder import Decoder
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
+from kernels.beams import candidates
 from kernels.rows import Masks, accept, fork, hold, note
 from kernels.sample import Features, SampledLogprobs, allow, raw_logprobs, sample
 
@@ -29,6 +31,10 @@ class StepOutputs:
     sample."""
     logprobs: list[SampledLogprobs] = field(default_factory=list)
     """On the device."""
+    found: torch.Tensor | None = None
+    """Candidates of searches, int32[3, E] in host memory; see `kernels.beams.candidates`."""
+    alternatives: tuple[list[int], torch.Tensor, torch.Tensor] | None = None
+    """For each beam -1 where it wants none, and what is there for all, on the device."""
     prompts: tuple[Wanted, SampledLogprobs] | None = None
     """Prompt tokens that were to be reported on, and their logprobs, on the device."""
 
@@ -96,7 +102,7 @@ class Runner:
         if not batch.shape.tokens:
             return outputs
         part = Part.LOGITS
-        if batch.features == Features(any_random=batch.features.any_random):
+        if batch.features == Features(any_random=batch.features.any_random) and batch.beams is None:
             part = Part.MASKED if batch.constrained else Part.WHOLE
         self.grammars.begin(batch.constrained)
         graphs = self.graphs if batch.forks is None and batch.prompts is None else None
@@ -104,16 +110,16 @@ class Runner:
             self._replay(graphs, batch, part, outputs)
         else:
             inputs = unpack(batch.block, batch.shape, self._rows.iota)
-            drawn = self._drawn_view(batch.shape, batch.num_iterations)
+            drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
             for i in range(batch.num_iterations):
                 self._iterate(i, inputs, batch, drawn, outputs)
         if batch.num_logprobs:  # else there are only chunks that end before their prompts do
-            drawn = self._drawn_view(batch.shape, batch.num_iterations)
+            drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
             outputs.drawn = self._leave(drawn)[:, :, : len(batch.num_logprobs)]
         return outputs
 
-    def _drawn_view(self, shape: Shape, num_iterations: int) -> torch.Tensor:
-        return self._drawn[: num_iterations * 2 * shape.samples].view(num_iterations, 2, shape.samples)
+    def _drawn_view(self, num_rows: int, num_iterations: int) -> torch.Tensor:
+        return self._drawn[: num_iterations * 2 * num_rows].view(num_iterations, 2, num_rows)
 
     def _leave(self, drawn: torch.Tensor) -> torch.Tensor:
         """A copy in host memory, there when the work queued so far is done."""
@@ -134,7 +140,7 @@ class Runner:
             outputs.prompts = batch.prompts, logprobs
         if batch.forks is not None:
             fork(self._rows.state, *batch.forks)
-        if batch.num_logprobs:
+        if batch.num_logprobs or batch.beams is not None:
             self._draw_as_asked(i, self._model.logits(*hidden), inputs, batch, drawn, outputs)
 
     def _replay(self, graphs: Graphs, batch: Batch, part: Part, outputs: StepOutputs) -> None:
@@ -143,10 +149,10 @@ class Runner:
             graphs.replay(batch, part)
             return
         inputs = graphs.load(batch)
-        drawn = self._drawn_view(batch.shape, batch.num_iterations)
+        drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
         for i in range(batch.num_iterations):
             logits = graphs.replay_logits(batch.shape)
-            if batch.num_logprobs:
+            if batch.num_logprobs or batch.beams is not None:
                 self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
 
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,12 +164,12 @@ class Runner:
 
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""
-        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+        drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
         self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
 
     def _draw_within_masks(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """The same where rows follow grammars."""
-        drawn = self._drawn_view(shape, len(self._drawn) // (2 * shape.samples))
+        drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
         self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), self.grammars.masks)
 
     def _draw_as_asked(
@@ -171,6 +177,13 @@ class Runner:
         outputs: StepOutputs,
     ) -> None:  # fmt: skip
         """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows."""
+        if batch.beams is not None:
+            self._find(logits, batch.beams, outputs)
+        if batch.drawing is not None:
+            if not batch.num_logprobs:
+                return
+            places, slots = batch.drawing
+            logits, inputs = logits.index_select(0, places), replace(inputs, sample_slots=slots)
         if not batch.constrained:
             self._draw(logits, inputs, batch.features, drawn, outputs)
             return
@@ -182,6 +195,18 @@ class Runner:
         if most >= 0:
             raw = logits[:, : self._model.vocab_size].float()
             outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
+
+    def _find(self, logits: torch.Tensor, beams: Beams, outputs: StepOutputs) -> None:
+        """The candidates of a step's searches."""
+        rows = beams.slots, beams.scores, self._rows.state, self._model.vocab_size
+        found, tops = candidates(
+            logits.index_select(0, beams.rows), *rows, beams.features, beams.num_stops, beams.searches
+        )
+        # Pinned memory is torch's, which uses none again before the copy into it is done.
+        outputs.found = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
+        outputs.found.copy_(found, non_blocking=True)
+        if tops is not None:
+            outputs.alternatives = beams.num_logprobs, *tops
 
     def _draw(
         self, logits: torch.Tensor, inputs: Inputs, features: Features, drawn: torch.Tensor,

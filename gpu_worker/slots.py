@@ -9,7 +9,7 @@ from gpu_worker.sampler import MAX_BIAS, MAX_STOP_IDS
 from gpu_worker.staging import Diff, Limits
 from kernels.blocks import copy_blocks
 from kernels.layer import Step
-from kernels.rows import RECORD_WORDS, Changes, RowState, change, gather_chunks, gather_decodes
+from kernels.rows import RECORD_WORDS, Changes, RowState, change, fork, gather_chunks, gather_decodes, go_on
 
 
 class Rows:
@@ -32,6 +32,12 @@ class Rows:
             copy_blocks(caches, *diff.copies)
         if diff.changes is not None:
             change(self.state, diff.changes)
+        if diff.moves is not None:
+            slots, parents, going, tokens = diff.moves
+            fork(self.state, slots, parents)
+            go_on(self.state, going, tokens)
+        if diff.entries is not None:
+            change(self.state, diff.entries)
         if diff.biases is not None:
             biased, ids, values = diff.biases
             self.state.columns.bias_ids.index_copy_(0, biased, ids)

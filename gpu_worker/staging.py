@@ -17,17 +17,15 @@ import numpy as np
 import torch
 
 from gpu_worker.batch import Padding, Shape, pack
+from gpu_worker.beams import Beams, moves, searches
 from gpu_worker.buffers import Staging
+from gpu_worker.host_rows import HostRows, StepError
 from gpu_worker.prompt_logprobs import Wanted, wanted
 from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
 from kernels.attention import make_tiles
 from kernels.rows import RECORD, RECORD_WORDS, Changes
 from kernels.sample import Features
 from pagoda.internal.v1 import worker_pb2
-
-
-class StepError(Exception):
-    """A step that does not fit the rows: the scheduler and this worker disagree, so the session must end."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,11 @@ class Diff:
     changes: Changes | None = None
     """Rows that enter slots, forks included (whose tokens, table and counters come later), and new entries of
     block tables."""
+    moves: tuple[torch.Tensor, ...] | None = None
+    """Beams that go on: slots of those that become copies of others, these others' (int64), slots of all, and
+    the token of each (int32). They come between `changes`, which are then new rows alone, and `entries`."""
+    entries: Changes | None = None
+    """New entries of block tables, behind `moves`."""
     biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     """Slots whose biases change (int64[M]), the ids and values ([M, MAX_BIAS], int32 and float32)."""
 
@@ -81,18 +84,14 @@ class Batch:
     """The prompt tokens whose logprobs are to be reported; None where no row asked for any."""
     constrained: Sequence[int] = ()
     """Slots of the sampling rows that follow grammars."""
+    beams: Beams | None = None
+    drawing: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Beside beams, the rows that sample: places among the logits, and slots, int64[R]."""
 
-
-class _HostRows:
-    """What the host knows of each slot; `biased` are slots whose bias columns are not clear."""
-
-    def __init__(self, num_slots: int, biased: np.ndarray | None = None) -> None:
-        self.used = np.zeros(num_slots, dtype=bool)
-        self.biased = np.zeros(num_slots, dtype=bool) if biased is None else biased
-        columns = np.zeros((5, num_slots), dtype=np.int64)
-        self.num_tokens, self.num_computed, self.num_blocks, self.traits, self.num_logprobs = columns
-        # The last token of each prompt whose logprobs are wanted, else 0, and how many best tokens beside.
-        self.told_until, self.num_prompt_top = np.zeros((2, num_slots), dtype=np.int64)
+    @property
+    def num_drawing(self) -> int:
+        """Rows that draw, padding included."""
+        return self.shape.samples if self.drawing is None else len(self.num_logprobs)
 
 
 class Stager:
@@ -107,11 +106,11 @@ class Stager:
         self._largest_block = lru_cache(self._padding.largest)
         self._tiled = device.type != "cpu"
         self._staging = Staging(device, 8 * limits.max_batched_tokens + 64 * limits.max_slots, num_buffers)
-        self._rows = _HostRows(limits.max_slots)
+        self._rows = HostRows(limits.max_slots)
 
     def clear(self) -> None:
         """Forget every row; the device's bias columns keep what they hold, so that is remembered."""
-        self._rows = _HostRows(self._limits.max_slots, self._rows.biased)
+        self._rows = HostRows(self._limits.max_slots, self._rows.biased)
 
     def stage(self, step: worker_pb2.Step) -> tuple[Diff, Batch]:
         """Check a step and pack it. The tensors hold good until the ring comes round.
@@ -129,10 +128,15 @@ class Stager:
         if len(step.new_rows):
             parents = {r.slot: r.parent_slot for r in step.new_rows if r.HasField("parent_slot")}
             changes, diff.biases = self._new_rows(step.new_rows)
+        if len(step.beam_slots):
+            if changes:
+                diff.changes, changes = Changes(self._staging.buffer, **changes), {}
+            diff.moves = moves(step, self._rows, self._staging)
         if len(step.append_slots) or len(step.replace_slots):
             changes |= self._table_entries(step)
         if changes:
-            diff.changes = Changes(self._staging.buffer, **changes)
+            staged = Changes(self._staging.buffer, **changes)
+            diff.changes, diff.entries = (staged, None) if diff.moves is None else (diff.changes, staged)
         batch = self._batch(step, parents)
         self._staging.flush()
         return diff, batch
@@ -150,11 +154,12 @@ class Stager:
             self._rows.told_until.any() or any(row.sampling.HasField("num_prompt_logprobs") for row in rows)
         ):
             numbers += 6 * tokens
-        return numbers + blocks + batch + 4 * slots + 256
+        beams = 16 * (len(step.beam_slots) + len(step.beam_rows))
+        return numbers + blocks + batch + beams + 4 * slots + 256
 
     def _release(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self._check_used(slot)
+            self._rows.check_used(slot)
             self._rows.used[slot] = False
 
     def _copies(self, step: worker_pb2.Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +189,7 @@ class Stager:
                 raise StepError(f"new row in slot {slot}: {error}") from error
             host.used[slot] = True
             host.traits[slot], host.num_logprobs[slot] = column.traits, column.num_logprobs
+            host.num_stops[slot] = len(column.stop_ids)
             asks = row.sampling.HasField("num_prompt_logprobs") and not row.HasField("parent_slot")
             host.told_until[slot] = row.num_prompt_tokens - 1 if asks else 0
             host.num_prompt_top[slot] = row.sampling.num_prompt_logprobs
@@ -234,15 +240,15 @@ class Stager:
         counts = host.num_blocks
         places: list[int] = []
         for slot, run in groupby(step.append_slots):
-            self._check_used(slot)
+            self._rows.check_used(slot)
             count, start = sum(1 for _ in run), int(counts[slot])
             if start + count > width:
                 raise StepError(f"slot {slot}: its block table is full")
             counts[slot] = start + count
             places.extend(range(slot * width + start, slot * width + start + count))
-        entering = {row.slot for row in step.new_rows}
+        entering = {row.slot for row in step.new_rows}.difference(step.beam_slots)
         for slot, index in zip(step.replace_slots, step.replace_indexes, strict=True):
-            self._check_used(slot)
+            self._rows.check_used(slot)
             if index >= counts[slot] or slot in entering:
                 raise StepError(f"slot {slot}: its block table has no entry {index} to replace")
             places.append(slot * width + index)
@@ -342,7 +348,11 @@ class Stager:
     def _sampling_batch(
         self, step: worker_pb2.Step, shape: Shape, rows: np.ndarray, sampling: np.ndarray, **parts: np.ndarray
     ) -> Batch:
-        host = self._rows
+        host, beams, drawing = self._rows, None, None
+        if len(step.beam_rows):
+            beams, draws = searches(step, sampling, host, self._staging)
+            put, sampling = self._staging.put_long, sampling[draws]
+            drawing = put(np.flatnonzero(draws)), put(sampling)
         num_logprobs = host.num_logprobs[sampling].tolist()
         traits = int(np.bitwise_or.reduce(host.traits[sampling], initial=0))
         constrained = sampling[(host.traits[sampling] & Trait.GRAMMAR) > 0] if traits & Trait.GRAMMAR else ()
@@ -355,13 +365,11 @@ class Stager:
             num_logprobs=num_logprobs,
             sampling=sampling,
             constrained=[int(slot) for slot in constrained],
+            beams=beams,
+            drawing=drawing,
         )
 
     # ---------------------------------------------------------------------------------------- checks
-
-    def _check_used(self, slot: int) -> None:
-        if slot >= self._limits.max_slots or not self._rows.used[slot]:
-            raise StepError(f"slot {slot} holds no row")
 
     def _check_blocks(self, blocks: Sequence[int]) -> None:
         if len(blocks) and max(blocks) >= self._limits.num_blocks:

@@ -251,12 +251,25 @@ def fork(state: RowState, slots: torch.Tensor, parents: torch.Tensor) -> None:
     Args:
         state: changed in place.
         slots: int64[N], distinct.
-        parents: int64[N]; none of them is among `slots`.
+        parents: int64[N]; where they are among `slots`, as they were before.
     """
     for part in (state.tokens, state.block_tables, state.done):
         part.index_copy_(0, slots, part.index_select(0, parents))
     inherited = state.counters[:INHERITED]
     inherited.index_copy_(1, slots, inherited.index_select(1, parents))
+
+
+def go_on(state: RowState, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Append a token to each row.
+
+    Args:
+        state: tokens and num_tokens change.
+        slots: int64[N], distinct; none of these rows is full.
+        tokens: int32[N].
+    """
+    place = slots * state.tokens.shape[1] + state.num_tokens.index_select(0, slots)
+    state.tokens.view(-1).index_copy_(0, place, tokens)
+    state.num_tokens.index_add_(0, slots, torch.ones_like(tokens))
 
 
 @dataclass(frozen=True)

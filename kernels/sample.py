@@ -232,16 +232,7 @@ def sample_reference(
     """`sample` in plain torch, on any device and without a synchronisation; the arguments are the same."""
     raw = logits[:, :vocab_size].float()
     position = (num_tokens - num_prompt)[slots]
-    scores = raw
-    if features.any_bias:
-        ids = columns.bias_ids[slots]
-        scores = _add_at(scores, ids, torch.where(ids >= 0, columns.bias_values[slots], 0.0))
-    if features.any_penalty:
-        scores = _penalise(scores, slots, columns, tokens, num_tokens, num_prompt)
-    if features.any_min_tokens:
-        ids = columns.stop_ids[slots]
-        banned = (ids >= 0) & (position < columns.min_tokens[slots]).unsqueeze(1)
-        scores = _add_at(scores, ids, torch.where(banned, NEG_INF, 0.0))
+    scores = edited(raw, slots, columns, tokens, num_tokens, num_prompt, features)
     # A maximum is NaN when any entry is, so two of them tell all there is to know.
     finite = raw.amax(-1).isfinite() & scores.amax(-1).isfinite()
     token_ids = scores.argmax(-1)
@@ -256,6 +247,25 @@ def sample_reference(
     token_ids = token_ids.to(torch.int32)
     logprobs = raw_logprobs(raw, token_ids, features.max_logprobs) if features.max_logprobs >= 0 else None
     return Sampled(token_ids, finite, logprobs)
+
+
+def edited(
+    scores: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
+    num_tokens: torch.Tensor, num_prompt: torch.Tensor, features: Features,
+) -> torch.Tensor:  # fmt: skip
+    """Scores (float32 [R, vocab_size]) after bias, penalties and min_tokens: steps 2 to 5, in plain torch.
+    The other arguments are `sample`'s. What uses none of these is returned as it is."""
+    if features.any_bias:
+        ids = columns.bias_ids[slots]
+        scores = _add_at(scores, ids, torch.where(ids >= 0, columns.bias_values[slots], 0.0))
+    if features.any_penalty:
+        scores = _penalise(scores, slots, columns, tokens, num_tokens, num_prompt)
+    if features.any_min_tokens:
+        ids = columns.stop_ids[slots]
+        early = (num_tokens - num_prompt)[slots] < columns.min_tokens[slots]
+        banned = (ids >= 0) & early.unsqueeze(1)
+        scores = _add_at(scores, ids, torch.where(banned, NEG_INF, 0.0))
+    return scores
 
 
 def _add_at(scores: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

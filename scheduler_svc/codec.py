@@ -9,6 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
+from operator import ge
 from typing import Any
 
 from pagoda.internal.v1 import worker_pb2 as wire
@@ -37,18 +38,8 @@ ROW_OPTIONS = (
     "num_prompt_logprobs",
     "grammar",
 )
-PLAN_COLUMNS = (
-    "released_slots",
-    "copy_src_blocks",
-    "copy_dst_blocks",
-    "append_slots",
-    "append_blocks",
-    "replace_slots",
-    "replace_indexes",
-    "replace_blocks",
-    "slots",
-    "num_tokens",
-)
+_NO_COLUMNS = ("worker", "epoch", "step_id", "num_iterations", "new_rows")
+PLAN_COLUMNS = tuple(name for name in Plan.__struct_fields__ if name not in _NO_COLUMNS)
 
 
 _ROW_ENDS = frozenset(int(end) for end in RowEnd)
@@ -127,7 +118,13 @@ def decode_result(worker: str, result: wire.StepResult, flight: Flight, vocab_si
         device_us=result.device_us,
         idle_us=result.idle_us,
         prompts=_decode_prompts(result, flight) if flight.prompts or result.prompt_rows else (),
+        beam_parents=result.beam_parents[:],
+        beam_tokens=result.beam_tokens[:],
+        beam_scores=result.beam_scores[:],
+        beam_tops=_decode_logprobs(result.beam_logprobs, False) if result.HasField("beam_logprobs") else (),
     )
+    if flight.searches or event.beam_parents:
+        _check_candidates(event, flight, vocab_size)
     _check_columns(event, flight.num_iterations, len(flight.sampling), vocab_size)
     return event
 
@@ -159,8 +156,25 @@ def _check_columns(event: StepDone, num_iterations: int, num_sampling: int, voca
         raise BadResult(f"{len(event.logprobs)} logprobs came for {len(tokens)} tokens")
 
 
-def _decode_logprobs(columns: wire.LogprobColumns) -> tuple[LogprobEntry, ...]:
+def _check_candidates(event: StepDone, flight: Flight, vocab_size: int) -> None:
+    searches = [group.search for group in flight.searches if group.search is not None]
+    most = [len(search.beams) for search in searches for _ in range(2 * search.width)]
+    columns = len(event.beam_parents), len(event.beam_tokens), len(event.beam_scores)
+    num_tops = sum(len(s.beams) for s in searches if s.sampling.num_logprobs is not None)
+    if set(columns) != {len(most)} or len(event.beam_tops) != num_tops:
+        raise BadResult(f"{columns} candidates and {len(event.beam_tops)} alternatives came; "
+                        f"{len(most)} and {num_tops} were due")  # fmt: skip
+    if any(map(ge, event.beam_parents, most)) or max(event.beam_tokens, default=0) >= vocab_size:
+        raise BadResult("a candidate follows no beam of its search, or is no token")
+
+
+def _decode_logprobs(columns: wire.LogprobColumns, of_tokens: bool = True) -> tuple[LogprobEntry, ...]:
+    """`of_tokens`: the entries are of tokens that were drawn, and not only alternatives."""
     top_ids, top_logprobs = columns.top_ids[:], columns.top_logprobs[:]
+    if not of_tokens:
+        nothing = [0] * len(columns.num_top)
+        columns.token_logprobs.extend(nothing)
+        columns.ranks.extend(nothing)
     counts = {len(columns.token_logprobs), len(columns.num_top), len(columns.ranks)}
     if len(counts) != 1 or sum(columns.num_top) != len(top_ids) or len(top_ids) != len(top_logprobs):
         raise BadResult("the columns of the logprobs are not parallel")
@@ -227,6 +241,12 @@ def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
         columns.logprob_rows.extend(output.logprob_rows)
         for entry in output.logprobs:
             fill_logprob(columns.logprobs.add(), entry)
+    columns.score_rows.extend(output.score_rows)
+    columns.scores.extend(output.scores)
+    for asked in output.candidates:
+        columns.candidates.add(
+            handle=asked.handle, step=asked.step, parents=asked.parents, token_ids=asked.token_ids
+        )
     for part in output.prompts:
         columns.prompt_handles.append(part.of)
         columns.num_prompt_logprobs.append(len(part.entries))
@@ -252,12 +272,13 @@ def fill_usage(message: pb.Usage, end: RequestEnd) -> None:
 class _Row:
     """What several outputs brought one sample."""
 
-    __slots__ = ("logprobs", "reason", "tokens")
+    __slots__ = ("logprobs", "reason", "score", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.reason: int | None = None
         self.logprobs: list[LogprobEntry] | None = None
+        self.score: float | None = None
 
 
 def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
@@ -268,6 +289,7 @@ def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
             into = rows.setdefault(key, _Row())
             into.tokens += row.tokens
             into.reason = into.reason if row.reason is None else row.reason
+            into.score = into.score if row.score is None else row.score
             if row.logprobs is not None:
                 into.logprobs = (into.logprobs or []) + row.logprobs
     merged = SessionOutput(
@@ -275,12 +297,16 @@ def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
         indexes=[index for _, index in rows],
         num_tokens=[len(row.tokens) for row in rows.values()],
         prompts=[part for output in outputs for part in output.prompts],
+        candidates=[asked for output in outputs for asked in output.candidates],
     )
     for i, row in enumerate(rows.values()):
         merged.tokens += row.tokens
         if row.reason is not None:
             merged.ended_rows.append(i)
             merged.ended_reasons.append(row.reason)
+        if row.score is not None:
+            merged.score_rows.append(i)
+            merged.scores.append(row.score)
         if row.logprobs is not None:
             merged.logprob_rows.append(i)
             merged.logprobs += row.logprobs
@@ -290,6 +316,7 @@ def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
 def split_rows(output: SessionOutput) -> list[tuple[tuple[int, int], _Row]]:
     """The rows of `output`, each with its (handle, index)."""
     reasons = dict(zip(output.ended_rows, output.ended_reasons, strict=True))
+    scores = dict(zip(output.score_rows, output.scores, strict=True))
     with_logprobs = set(output.logprob_rows)
     rows = []
     token = entry = 0
@@ -297,7 +324,7 @@ def split_rows(output: SessionOutput) -> list[tuple[tuple[int, int], _Row]]:
         row = _Row()
         count = output.num_tokens[i] if output.num_tokens else 1
         row.tokens = output.tokens[token : token + count]
-        row.reason = reasons.get(i)
+        row.reason, row.score = reasons.get(i), scores.get(i)
         if i in with_logprobs:
             row.logprobs = output.logprobs[entry : entry + count]
             entry += count

@@ -30,6 +30,7 @@ from scheduler_svc.core.events import (
     RequestStopped,
     SessionOutput,
     StepDone,
+    VerdictGiven,
     WorkerAttached,
     WorkerLost,
 )
@@ -210,6 +211,10 @@ class Engine:
     def stop(self, key: int, index: int | None, reason: Finish) -> None:
         """The caller wants no more of a request, or of one sample; no error if it had ended."""
         self._post(RequestStopped(key, index, reason))
+
+    def verdict(self, key: int, step: int, stopped: tuple[int, ...]) -> None:
+        """Which candidates of a beam search's step end."""
+        self._post(VerdictGiven(key, step, stopped))
 
     def abort(self, request_id: str, index: int | None) -> bool:
         """End somebody's request, or one sample of it; False when no such request is live."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import grpc
@@ -15,7 +16,7 @@ from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.codec import encode_output, encode_vocabulary, fill_logprob, fill_usage, split_rows
 from scheduler_svc.core.events import Finish, RequestEnd, SessionOutput
 from scheduler_svc.engine import Engine
-from scheduler_svc.errors import RequestFailed, SchedulerError, abort
+from scheduler_svc.errors import InvalidRequest, RequestFailed, SchedulerError, abort
 from scheduler_svc.streams import END_OF_STREAM, StreamCut
 
 SERVICE = "pagoda.v1.SchedulerService"
@@ -81,6 +82,11 @@ class Outbox:
             live.samples.discard(index)
         self._engine.stop(live.key, index, reason)
 
+    def verdict(self, handle: int, step: int, stopped: tuple[int, ...]) -> None:
+        """Say which candidates of a beam search end. No error when the search had ended."""
+        if (live := self._live.get(handle)) is not None:
+            self._engine.verdict(live.key, step, stopped)
+
     def close(self) -> None:
         """The stream is over: its requests are cancelled."""
         for live in self._live.values():
@@ -96,7 +102,7 @@ class Outbox:
             live = self._live.get(output.handles[row])
             if live is not None:
                 live.samples.discard(output.indexes[row] if output.indexes else 0)
-        if output.handles or output.prompts:
+        if output.handles or output.prompts or output.candidates:
             num_entries = len(output.logprobs) + sum(len(part.entries) for part in output.prompts)
             self._add(output, len(output.tokens) + LOGPROB_WEIGHT * num_entries)
         for end in output.ended:
@@ -222,6 +228,8 @@ class SchedulerService:
                 wrong = _submit(outbox, message.submit)
             elif kind == "stop":
                 wrong = _stop(outbox, message.stop)
+            elif kind == "verdicts":
+                wrong = _verdicts(outbox, message.verdicts)
             elif kind == "vocabulary":
                 self._engine.learn(encode_vocabulary(message.vocabulary))
                 wrong = ""
@@ -253,6 +261,8 @@ class SchedulerService:
             outbox = Outbox(self._engine)
             try:
                 try:
+                    if request.sampling.await_verdicts:
+                        raise InvalidRequest("sampling.await_verdicts", "needs a Session, which gives them")
                     outbox.submit(0, request)
                 except SchedulerError as error:
                     await abort(context, error)
@@ -321,6 +331,18 @@ def _stop(outbox: Outbox, batch: pb.StopBatch) -> str:
     return ""
 
 
+def _verdicts(outbox: Outbox, batch: pb.VerdictBatch) -> str:
+    """Pass on which candidates end; what is wrong with the batch itself, if anything is."""
+    if not len(batch.handles) == len(batch.steps) == len(batch.num_stopped) or (
+        sum(batch.num_stopped) != len(batch.stopped)
+    ):
+        return "the columns of verdicts are not parallel"
+    stopped = iter(batch.stopped)
+    for handle, step, count in zip(batch.handles, batch.steps, batch.num_stopped, strict=True):
+        outbox.verdict(handle, step, tuple(islice(stopped, count)))
+    return ""
+
+
 def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensResponse]:
     for output in outputs:
         for part in output.prompts:
@@ -330,6 +352,8 @@ def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensRespon
             yield response
         for (_, index), row in split_rows(output):
             response = pb.GenerateTokensResponse(index=index, token_ids=row.tokens)
+            if row.score is not None:
+                response.score = row.score
             if row.reason is not None:
                 response.finish_reason = pb.FinishReason.ValueType(row.reason)
             for entry in row.logprobs or ():

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.core.beams import EarlyStopping
 from scheduler_svc.core.events import Resumed, Sampling
 from scheduler_svc.errors import InvalidRequest
 
@@ -16,6 +17,8 @@ MAX_REQUEST_ID_BYTES = 128
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_BYTES = 1 << 20
+MAX_BEAM_WIDTH = 16
+MAX_LENGTH_PENALTY = 10.0  # of either sign, so that no length to its power leaves a float's range
 
 # Why a request of (prompt tokens, n, max_tokens) can never fit, or None.
 Refusal = Callable[[int, int, int], str | None]
@@ -69,7 +72,8 @@ def check_request(
     n = params.n if params.HasField("n") else 1
     if not 1 <= n <= max_slots:
         raise InvalidRequest("sampling.n", f"is {n}; must be from 1 to {max_slots}")
-    max_tokens = _max_tokens(params, len(prompt), n, model.max_model_len, refusal)
+    width = _beam_width(params, n, max_slots)
+    max_tokens = _max_tokens(params, len(prompt), width or n, model.max_model_len, refusal)
     return CheckedRequest(
         prompt=prompt,
         n=n,
@@ -79,6 +83,26 @@ def check_request(
         cache_salt=request.cache_salt,
         resume=_resume(request, n, max_tokens, model),
     )
+
+
+def _beam_width(params: pb.SamplingParams, n: int, max_slots: int) -> int | None:
+    """Beams of a search whose options go together; None where the request draws."""
+    if not params.HasField("beam_width"):
+        for field, _ in params.ListFields():
+            if field.name in ("length_penalty", "early_stopping", "await_verdicts"):
+                raise InvalidRequest(f"sampling.{field.name}", "is for beam searches: it needs beam_width")
+        return None
+    width = params.beam_width
+    if not 1 <= width <= min(MAX_BEAM_WIDTH, max_slots):
+        most = min(MAX_BEAM_WIDTH, max_slots)
+        raise InvalidRequest("sampling.beam_width", f"is {width}; must be from 1 to {most}")
+    if n > width:
+        raise InvalidRequest("sampling.n", f"is {n}; a search returns at most the {width} of beam_width")
+    if params.grammar:
+        raise InvalidRequest("sampling.grammar", "cannot be followed by a beam search")
+    if params.early_stopping not in (0, *EarlyStopping):
+        raise InvalidRequest("sampling.early_stopping", f"is {params.early_stopping}, which is no way to end")
+    return width
 
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -100,7 +124,8 @@ def _max_tokens(
         max_tokens = _largest_that_fits(room, lambda count: refusal(num_prompt, n, count) is None)
     why = refusal(num_prompt, n, max_tokens)
     if why is not None:
-        raise InvalidRequest("sampling.n" if n > 1 else "sampling.max_tokens", why)
+        several = "sampling.beam_width" if params.beam_width else "sampling.n"
+        raise InvalidRequest(several if n > 1 else "sampling.max_tokens", why)
     return max_tokens
 
 
@@ -148,6 +173,7 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         )
     if len(params.grammar.encode()) > MAX_GRAMMAR_BYTES:
         raise InvalidRequest("sampling.grammar", f"is longer than {MAX_GRAMMAR_BYTES} bytes")
+    penalty = _number(params, "length_penalty", -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY, 1)
     return Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=_top_k(params, model.vocab_size),
@@ -166,6 +192,10 @@ def _sampling(params: pb.SamplingParams, model: ServedModel, max_tokens: int, se
         num_logprobs=_num_logprobs(params, "logprobs"),
         num_prompt_logprobs=_num_logprobs(params, "prompt_logprobs"),
         grammar=params.grammar or None,
+        beam_width=params.beam_width or None,
+        length_penalty=1.0 if penalty is None else penalty,
+        early_stopping=int(params.early_stopping or EarlyStopping.HEURISTIC),
+        await_verdicts=params.await_verdicts,
     )
 
 
@@ -203,6 +233,8 @@ def _stop_ids(params: pb.SamplingParams, model: ServedModel) -> tuple[int, ...]:
             "sampling.stop_token_ids",
             f"makes {len(stops)} stop ids, EOS included; a row holds at most {model.max_stop_ids}",
         )
+    if params.beam_width + len(stops) > model.vocab_size:
+        raise InvalidRequest("sampling.beam_width", f"leaves too few tokens beside {len(stops)} stop ids")
     return stops
 
 
@@ -214,6 +246,9 @@ def _resume(
     if len(request.resume) != n:
         raise InvalidRequest("resume", f"has {len(request.resume)} samples; n is {n}")
     samples = tuple(Resumed(tuple(sample.token_ids), sample.finished) for sample in request.resume)
+    begun = any(s.tokens for s in samples) and not all(s.finished for s in samples)
+    if begun and request.sampling.beam_width:
+        raise InvalidRequest("resume", "holds tokens, but a beam search that has not ended starts anew")
     for i, sample in enumerate(samples):
         _check_ids(f"resume[{i}].token_ids", sample.tokens, model.vocab_size)
         if len(sample.tokens) > max_tokens:

@@ -65,6 +65,8 @@ ROWS: tuple[Row, ...] = (
     Row("worker-death", "kill -9 under 50 streams", _test("tests/e2e/test_worker_death.py")),
     Row("cpu-speed", "CPU speed beside peers", "python -m benchmarks.cpu --json {json}"),
     Row("exactness", "100 prompts equal transformers", _test("tests/e2e/test_exactness.py")),
+    Row("beams", "40 prompts of beam searches", "python -m benchmarks.beams --json {json}"),
+    Row("beams-disturbed", "the same, preempted and killed", _test("tests/e2e/test_beams.py")),
     Row("streams", "200 streams, 10 minutes", _test("tests/e2e/test_streams.py")),
     Row("listings", "programs written for ms-swift", _test("tests/e2e/test_swift.py")),
     Row("languages", "4 clients, 100 chats each", "make test-clients"),

@@ -48,6 +48,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     grammar: str | None = None  # which only a worker reads
+    beam_width: int | None = None  # beams that a search keeps, instead of drawing
+    length_penalty: float = 1.0
+    early_stopping: int = 1  # `core.beams.EarlyStopping`
+    await_verdicts: bool = False  # the session says which candidates end
 
 
 # ---------------------------------------------------------------------------------- what comes in
@@ -108,8 +112,16 @@ class RequestStopped(msgspec.Struct, frozen=True, array_like=True, tag="request_
     reason: Finish  # STOP for a stop string, CANCELLED otherwise
 
 
+class VerdictGiven(msgspec.Struct, frozen=True, array_like=True, tag="verdict_given"):
+    """The session says which candidates of a search's step end, by their places."""
+
+    key: int
+    step: int
+    stopped: tuple[int, ...]
+
+
 class LogprobEntry(msgspec.Struct, frozen=True, array_like=True):
-    """One token's logprob, rank (1 is best) and alternatives, best first."""
+    """One token's logprob, rank (1 is best, 0 not known) and alternatives, best first."""
 
     logprob: float
     rank: int
@@ -141,9 +153,13 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     device_us: int = 0
     idle_us: int = 0
     prompts: tuple[PromptLogprobs, ...] = ()
+    beam_parents: list[int] = []
+    beam_tokens: list[int] = []
+    beam_scores: list[float] = []
+    beam_tops: tuple[LogprobEntry, ...] = ()  # of the beam rows that asked: alternatives, without a token
 
 
-Event = WorkerAttached | WorkerLost | RequestArrived | RequestStopped | StepDone
+Event = WorkerAttached | WorkerLost | RequestArrived | RequestStopped | VerdictGiven | StepDone
 
 
 # ---------------------------------------------------------------------------------- what goes out
@@ -184,6 +200,22 @@ class Plan(msgspec.Struct, array_like=True):
     replace_blocks: list[int]
     slots: list[int]
     num_tokens: list[int]
+    beam_slots: list[int] = []
+    beam_parent_slots: list[int] = []
+    beam_tokens: list[int] = []
+    beam_rows: list[int] = []
+    beam_scores: list[float] = []
+    beam_counts: list[int] = []
+    beam_widths: list[int] = []
+
+
+class BeamCandidates(msgspec.Struct, frozen=True, array_like=True):
+    """What may go on a search that awaits a verdict (see `BeamCandidates` on the wire)."""
+
+    handle: int
+    step: int
+    parents: list[int]
+    token_ids: list[int]
 
 
 class SessionOutput(msgspec.Struct, array_like=True):
@@ -199,6 +231,9 @@ class SessionOutput(msgspec.Struct, array_like=True):
     logprobs: list[LogprobEntry] = []
     ended: list[RequestEnd] = []  # requests of which every sample has ended
     prompts: list[PromptLogprobs] = []  # each goes on where the last one of its request ended
+    score_rows: list[int] = []
+    scores: list[float] = []
+    candidates: list[BeamCandidates] = []
 
 
 class RequestEnd(msgspec.Struct, frozen=True, array_like=True):

@@ -12,6 +12,7 @@ from enum import IntEnum
 
 import msgspec
 
+from scheduler_svc.core.beams import Search
 from scheduler_svc.core.events import Finish, RequestArrived, RequestEnd, Sampling
 from scheduler_svc.core.prefix import root_hash
 from scheduler_svc.core.request import Sequence
@@ -56,12 +57,16 @@ class Group:
         self.next_logprob = self.num_prompt
         if event.sampling.num_prompt_logprobs is not None and not any(r.tokens for r in event.resume):
             self.next_logprob = 1
-        self.samplings = [_with_seed(event.sampling, i) for i in range(event.n)]
+        # A search that had not ended starts anew; one that had is n samples like others.
+        width = None if event.resume and all(r.finished for r in event.resume) else event.sampling.beam_width
+        num_samples = width or event.n
+        self.samplings = [_with_seed(event.sampling, i) for i in range(num_samples)]
         limit = min(self.num_prompt + event.max_tokens, max_model_len)
         self.samples = [
-            Sequence(self, i, array("I", event.prompt), self.num_prompt, limit) for i in range(event.n)
+            Sequence(self, i, array("I", event.prompt), self.num_prompt, limit) for i in range(num_samples)
         ]
-        for sample, resumed in zip(self.samples, event.resume, strict=False):
+        self.search = Search(event.sampling, event.n, self.samples[0]) if width else None
+        for sample, resumed in zip(self.samples, () if width else event.resume, strict=False):
             sample.tokens.extend(resumed.tokens)
             sample.finish = Finish.STOP if resumed.finished else self._finish_of(sample)
 
@@ -82,6 +87,14 @@ class Group:
     def live(self) -> list[Sequence]:
         """Samples that have not ended."""
         return [s for s in self.samples if s.finish is None]
+
+    def starters(self) -> list[Sequence]:
+        """Samples that enter a row when the group is admitted; a search's others are moved to."""
+        return self.live() if self.search is None else [beam.sequence for beam in self.search.beams]
+
+    def num_to_prefill(self, sequence: Sequence) -> int:
+        """Tokens of `sequence` that come before it decodes: several beams compute their last one together."""
+        return len(sequence.tokens) - (self.search is not None and len(self.search.beams) > 1)
 
     @property
     def num_output(self) -> int:
@@ -109,7 +122,7 @@ class Group:
             reasons=tuple(int(s.finish or reason) for s in self.samples),
             prompt_tokens=self.num_prompt,
             cached_tokens=self.cached_tokens,
-            completion_tokens=self.num_output,
+            completion_tokens=0 if self.search else self.num_output,  # a search's beams are nobody's
             num_preemptions=self.num_preemptions,
             num_replays=self.num_replays,
             arrived=self.arrived,

@@ -16,7 +16,7 @@ from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import NewRow, Plan
 from scheduler_svc.core.group import Group, State
 from scheduler_svc.core.preempt import choose_victim
-from scheduler_svc.core.request import Sequence
+from scheduler_svc.core.request import NEVER, Sequence
 from scheduler_svc.core.rows import Column
 from scheduler_svc.core.stats import Stats
 from scheduler_svc.core.worker import Flight, Worker
@@ -32,15 +32,17 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     if not (decodes.size or worker.prefilling or worker.gathering or worker.queue):
         worker.blocked = ""
         return None
+    if worker.inflight and decodes.size and worker.rows.is_beam[decodes].all():
+        return None  # searches that wait for each other share steps from then on
     step = _Step(worker, stats, now, decodes, worker.prompt_budget(len(decodes), config.stall_us))
     if decodes.size:
         step.decode(1)
     step.continue_prefills()
     step.start_followers()
     step.admit()
-    if not step.plan.slots:
+    if not (step.plan.slots or step.plan.new_rows):
         return None
-    if step.flight.only_decodes and not worker.prefilling:
+    if step.flight.only_decodes and not (worker.prefilling or step.flight.searches):
         step.look_ahead(config.horizon_us)
     return step.finish()
 
@@ -55,10 +57,13 @@ def _make_room(worker: Worker, stats: Stats, now: float) -> Column | None:
         decodes = worker.rows.decoding()
         need = int(_lacking(worker, decodes, 1).sum()) if decodes.size else 0
         need += _tail_copies(worker) if worker.shared_tails else 0
-        if not decodes.size and worker.prefilling and not worker.inflight:
+        if not decodes.size and not worker.inflight:
             # Prompts may hold all blocks between them: the oldest must be able to go on.
-            oldest = next(iter(worker.prefilling.values()))
-            need += int(worker.rows.scheduled[oldest.slot] >= worker.rows.capacity[oldest.slot])
+            if oldest := next(iter(worker.prefilling.values()), None):
+                need += int(worker.rows.scheduled[oldest.slot] >= worker.rows.capacity[oldest.slot])
+            elif group := next(iter(worker.gathering.values()), None):
+                need += group.blocks_needed(worker.block_size, [len(group.followers[0].tokens)])
+                need -= group.num_prompt // worker.block_size
         if need <= worker.allocator.num_free:
             return decodes
         if worker.inflight:
@@ -110,6 +115,10 @@ class _Step:
             sequence = sequences[slot]
             assert sequence is not None
             self.flight.sampling.append(sequence)
+        self.decoding = self.flight.sampling
+        is_beam = worker.rows.is_beam[decodes]
+        if is_beam.any():
+            self._searches(is_beam.tolist())
 
     # --------------------------------------------------------------------------------------- decodes
 
@@ -120,7 +129,7 @@ class _Step:
             self._copy_tails()
         lacking = _lacking(worker, self.decodes, iterations)
         for i in np.flatnonzero(lacking).tolist():
-            sequence = self.flight.sampling[i]
+            sequence = self.decoding[i]
             for block in worker.append_blocks(sequence, int(lacking[i])):
                 plan.append_slots.append(sequence.slot)
                 plan.append_blocks.append(block)
@@ -143,6 +152,27 @@ class _Step:
             plan.replace_slots.append(slot)
             plan.replace_indexes.append(len(sequence.blocks) - 1)
             plan.replace_blocks.append(own)
+
+    def _searches(self, is_beam: list[bool]) -> None:
+        """Beams among the decodes draw nothing: their searches get candidates."""
+        pairs = list(zip(self.decoding, is_beam, strict=True))
+        self.flight.sampling = [sequence for sequence, beam in pairs if not beam]
+        places = {slot: i for i, slot in enumerate(self.plan.slots)}
+        groups = {s.group.key: (s.group.search.shape, s.group) for s, _ in pairs if s.group.search}
+        for _, group in sorted(groups.values(), key=lambda entry: entry[0]):
+            self._search(group, places)
+
+    def _search(self, group: Group, places: dict[int, int]) -> None:
+        """Let a search have candidates in this step, for beams at these places of the batch, by slot."""
+        plan, search = self.plan, group.search
+        assert search is not None
+        for beam in search.beams:
+            plan.beam_rows.append(places[beam.sequence.slot])
+            plan.beam_scores.append(beam.score)
+            self.worker.rows.known[beam.sequence.slot] = NEVER
+        plan.beam_counts.append(len(search.beams))
+        plan.beam_widths.append(search.width)
+        self.flight.searches.append(group)
 
     def look_ahead(self, horizon_us: int) -> None:
         """Choose the horizon m, so that one message covers about `horizon_us` of device time."""
@@ -173,7 +203,7 @@ class _Step:
         """Schedule the next chunk of `sequence`: what budget and blocks allow."""
         worker, rows, plan = self.worker, self.worker.rows, self.plan
         slot, size = sequence.slot, worker.block_size
-        start, known = int(rows.scheduled[slot]), len(sequence.tokens)
+        start, known = int(rows.scheduled[slot]), sequence.group.num_to_prefill(sequence)
         end = min(known, start + self.budget)
         end = min(end, (len(sequence.blocks) + worker.allocator.num_free) * size)
         if end <= start:
@@ -191,9 +221,21 @@ class _Step:
         self.chunks.append(sequence)
         if end == known:
             del worker.prefilling[slot]
-            self.flight.sampling.append(sequence)
+            if end < len(sequence.tokens):
+                self._gather_beams(group)
+                return
             self.flight.first.append(sequence)
+            if group.search is not None:
+                self._search(group, {slot: len(plan.slots) - 1})
+                return
+            self.flight.sampling.append(sequence)
             self._fork(sequence)
+
+    def _gather_beams(self, group: Group) -> None:
+        """Let beams that entered rows of their own decode, once all stand before their last tokens."""
+        slots = [sequence.slot for sequence in group.starters()]
+        if not group.followers and not any(slot in self.worker.prefilling for slot in slots):
+            self.worker.rows.known[slots] = 0
 
     def _join(self, sequence: Sequence, num_tokens: int) -> None:
         """Put a row that is no plain decode into the batch."""
@@ -225,7 +267,7 @@ class _Step:
         """Start followers that do not fork: on the leader's prompt blocks once it has computed them."""
         worker = self.worker
         for group in list(worker.gathering.values()):
-            leader = next((s for s in group.live() if s not in group.followers), None)
+            leader = next((s for s in group.starters() if s not in group.followers), None)
             for sequence in list(group.followers):
                 shared = self._shared_prompt(leader, sequence)
                 if shared is None:
@@ -269,8 +311,11 @@ class _Step:
         if group.num_preemptions or group.num_replays:
             self.stats.recomputed_tokens += len(sequence.tokens) - len(blocks) * worker.block_size
         self._chunk(sequence)
+        if group.search is not None and len(group.search.beams) > 1:
+            self._gather_beams(group)
 
     def _new_row(self, sequence: Sequence, parent_slot: int | None) -> None:
+        self.flight.only_decodes = False
         forked = parent_slot is not None
         self.plan.new_rows.append(
             NewRow(
@@ -306,6 +351,8 @@ class _Step:
             return "the token budget of a step is used up"
         if group.resume_after > worker.confirmed_step:
             return "its last step before preemption is still in flight"
+        if group.search is not None and group.search.awaiting is not None:
+            return "its session has to say which of its beams end"
         if worker.running and (group.alone or next(iter(worker.running.values())).alone):
             return "a request that was there when a worker died twice runs alone"
         live = group.live()
@@ -326,10 +373,9 @@ class _Step:
             worker.rows.take(sequence)
         worker.running[group.key] = group
         group.state = State.RUNNING
-        group.followers = live[1:]
+        leader, *group.followers = group.starters()
         if group.followers:
             worker.gathering[group.key] = group
-        leader = live[0]
         hits = worker.hits(leader)
         if group.pauses:
             group.pauses.append(("resumed", self.now))
@@ -356,6 +402,16 @@ class _Step:
             # Hits from the next step on: this one's admissions are over.
             worker.index_blocks(sequence, min(int(rows.scheduled[sequence.slot]), len(sequence.tokens)))
         plan.released_slots, worker.released = worker.released, []
+        for slot, move in worker.moves.items():
+            plan.beam_slots.append(slot)
+            plan.beam_parent_slots.append(move.parent)
+            plan.beam_tokens.append(move.token)
+            if move.enters:  # with how it samples; the rest is its parent's
+                group = move.sequence.group
+                sampling, limit = group.samplings[move.sequence.index], move.sequence.last_position
+                row = NewRow(slot, None, (move.token,), 1, 0, (), limit, sampling, group.traceparent)
+                plan.new_rows.append(row)
+        worker.moves.clear()
         self.flight.num_tokens = sum(plan.num_tokens) or len(plan.slots)
         worker.next_step += 1
         worker.inflight.append(self.flight)

@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from scheduler_svc.core.request import NO_SLOT, Sequence
+from scheduler_svc.core.request import NEVER, NO_SLOT, Sequence
 
 Column = npt.NDArray[np.int64]
 _NO_SLOTS: Column = np.zeros(0, np.int64)
@@ -21,6 +21,7 @@ class Rows:
     last       the most that can be scheduled: the token at last_position is never computed
     capacity   that its blocks can hold
     last_step  the last step that has the row in its batch
+    is_beam    whether it is a search's: `known` is then 0 while it may decode, else beyond any count
     """
 
     def __init__(self, max_slots: int) -> None:
@@ -28,6 +29,7 @@ class Rows:
         columns: list[Column] = [np.zeros(max_slots, np.int64) for _ in range(4)]
         self.scheduled, self.known, self.last, self.capacity = columns
         self.last_step: Column = np.full(max_slots, -1, np.int64)
+        self.is_beam = np.zeros(max_slots, np.bool_)
         self.sequences: list[Sequence | None] = [None] * max_slots
         self._free = list(range(max_slots))
 
@@ -42,12 +44,13 @@ class Rows:
         self.sequences[slot] = sequence
         self.scheduled[slot] = self.known[slot] = self.last[slot] = self.capacity[slot] = 0
         self.last_step[slot] = -1
+        self.is_beam[slot] = sequence.group.search is not None
 
     def start(self, sequence: Sequence, num_computed: int, capacity: int) -> None:
         """Let the row of `sequence` take part, with KV for its first `num_computed` tokens."""
         slot = sequence.slot
         self.scheduled[slot] = num_computed
-        self.known[slot] = len(sequence.tokens)
+        self.known[slot] = NEVER if self.is_beam[slot] else len(sequence.tokens)
         self.last[slot] = sequence.last_position - 1
         self.capacity[slot] = capacity
 

@@ -6,9 +6,11 @@ A plan is made from counts, not values: a row that decodes will have one more to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from itertools import islice
 
+from scheduler_svc.core.beams import Candidate, Candidates
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
     Event,
@@ -22,6 +24,7 @@ from scheduler_svc.core.events import (
     RowEnd,
     SessionOutput,
     StepDone,
+    VerdictGiven,
     WorkerAttached,
     WorkerLost,
 )
@@ -89,6 +92,8 @@ class Scheduler:
                     self._arrived(event, now)
                 case RequestStopped():
                     self._stopped(event, now)
+                case VerdictGiven():
+                    self._verdict_given(event, now)
                 case WorkerAttached():
                     self._attached(event, now)
                 case WorkerLost():
@@ -137,6 +142,12 @@ class Scheduler:
         group = self.groups.get(event.key)
         if group is None:
             return  # it ended while the stop was on its way
+        if group.search is not None and event.index is not None:
+            # A beam is no result yet: the search goes on while any result is wanted.
+            group.search.wanted = [i for i in group.search.wanted if i != event.index]
+            if group.search.wanted:
+                return
+            event = RequestStopped(event.key, None, event.reason)
         for sample in group.live():
             if event.index is None or sample.index == event.index:
                 self._end_sample(sample, event.reason)
@@ -233,6 +244,8 @@ class Scheduler:
         for part in event.prompts:
             self._take_prompt_logprobs(*flight.prompts[part.of], part.entries)
         self._take_tokens(worker, flight, event, now)
+        if flight.searches:
+            self._take_candidates(worker, flight, event, now)
 
     def _take_prompt_logprobs(self, group: Group, told: range, entries: tuple[LogprobEntry, ...]) -> None:
         """Deliver what is new: a prompt that is computed again reports some of its tokens again."""
@@ -291,6 +304,54 @@ class Scheduler:
             if failure and group.samplings[0].grammar:
                 failure += ", or its grammar allowed no token"
             self._end_group(group, reason, now, failure)
+
+    # ----------------------------------------------------------------------------------------- beams
+
+    def _take_candidates(self, worker: Worker, flight: Flight, event: StepDone, now: float) -> None:
+        """Let each search of a step choose among its candidates, or ask its session."""
+        found = map(Candidate, event.beam_parents, event.beam_tokens, event.beam_scores)
+        tops = iter(event.beam_tops)
+        for group in flight.searches:
+            search = group.search
+            assert search is not None
+            best, rest = ([c for c in islice(found, search.width) if c.score != -math.inf] for _ in range(2))
+            asks = search.sampling.num_logprobs is not None
+            candidates = Candidates(best, rest, list(islice(tops, len(search.beams) if asks else 0)))
+            if group.state is State.ENDED:
+                continue  # it ended before; its candidates are discarded
+            if any(math.isnan(candidate.score) for candidate in best + rest):
+                for beam in search.beams:
+                    worker.forget_content(beam.sequence)
+                self._fail(group, "the model's logits were not finite", now)
+                continue
+            for beam in search.beams:
+                if len(beam.sequence.tokens) >= beam.sequence.index_at:
+                    worker.index_blocks(beam.sequence, len(beam.sequence.tokens))
+            if search.sampling.await_verdicts:
+                self._session(group.session).candidates.append(search.ask(group.handle, candidates))
+            else:
+                self._go_on(group, candidates, (), now)
+
+    def _verdict_given(self, event: VerdictGiven, now: float) -> None:
+        group = self.groups.get(event.key)
+        search = group.search if group is not None else None
+        if group is not None and search is not None and search.awaiting and search.num_steps == event.step:
+            self._go_on(group, search.awaiting, event.stopped, now)
+
+    def _go_on(self, group: Group, candidates: Candidates, stopped: Seq[int], now: float) -> None:
+        search = group.search
+        assert search is not None
+        chosen = search.choose(candidates, stopped)
+        if chosen:
+            worker = self.workers[group.worker] if group.state is State.RUNNING else None
+            search.go_on(worker, chosen, candidates, group.samples)
+            return
+        for sample in group.live():
+            self._end_sample(sample, Finish.STOP)
+        out = self._session(group.session)
+        group.samples = [search.deliver(group, i, out) for i in search.wanted if i < len(search.results)]
+        group.search = None
+        self._end_group(group, search.results[0].finish, now)
 
     def _session(self, session: int) -> SessionOutput:
         out = self._outputs.sessions.get(session)

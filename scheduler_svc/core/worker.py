@@ -25,8 +25,18 @@ class Flight:
     sampling: list[Sequence]
     first: list[Sequence] = field(default_factory=list)  # whose token follows a prefill
     prompts: dict[int, tuple[Group, range]] = field(default_factory=dict)  # by row: tokens to report on
+    searches: list[Group] = field(default_factory=list)  # that get candidates
     num_tokens: int = 0  # of one iteration
     only_decodes: bool = True
+
+
+class Move(NamedTuple):
+    """How a beam's row goes on: from the row of `parent`, by `token`. `enters`: the slot has no row yet."""
+
+    sequence: Sequence
+    parent: int
+    token: int
+    enters: bool
 
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
@@ -66,6 +76,7 @@ class Worker:
         self.gathering: dict[int, Group] = {}  # by key: groups whose followers have no row yet
         self.shared_tails: dict[int, Sequence] = {}  # by slot: rows whose last block may be shared
         self.released: list[int] = []  # slots that the next plan releases
+        self.moves: dict[int, Move] = {}  # by slot: beams that go on, with the next plan
         self.inflight: deque[Flight] = deque()
         self.next_step = 0
         self.confirmed_step = -1
@@ -104,7 +115,7 @@ class Worker:
         self.rows.start(sequence, num_computed, len(blocks) * self.block_size)
         num_full = num_computed // self.block_size
         sequence.index_at = (num_full + 1) * self.block_size if self.use_prefix else NEVER
-        if num_computed < len(sequence.tokens):
+        if num_computed < sequence.group.num_to_prefill(sequence):
             self.prefilling[sequence.slot] = sequence
 
     def remove(self, sequence: Sequence) -> int:
@@ -116,7 +127,9 @@ class Worker:
         last_step = int(self.rows.last_step[slot])
         self.prefilling.pop(slot, None)
         self.shared_tails.pop(slot, None)
-        if self.rows.last[slot]:  # a follower that waits for its leader has no row on the device
+        move = self.moves.pop(slot, None)
+        # A follower that waits for its leader has no row on the device.
+        if self.rows.last[slot] and not (move and move.enters):
             self.released.append(slot)
         self.rows.free(sequence)
         self.allocator.release(sequence.blocks)
@@ -145,6 +158,32 @@ class Worker:
         sequence.blocks.extend(blocks)
         self.rows.capacity[sequence.slot] += count * self.block_size
         return blocks
+
+    # ----------------------------------------------------------------------------------------- beams
+
+    def branch(self, sequence: Sequence, parent: Sequence) -> None:
+        """Let `sequence`, a beam that ended, hold the blocks of `parent`."""
+        self.allocator.release(sequence.blocks)
+        self.allocator.share(parent.blocks)
+        sequence.blocks, sequence.index_at = parent.blocks[:], parent.index_at
+
+    def move(self, sequence: Sequence, parent: Sequence, token: int) -> None:
+        """Let the row of `sequence`, which holds its parent's blocks, decode again, `token` first."""
+        rows, slot, num_computed = self.rows, sequence.slot, len(parent.tokens)
+        enters = not rows.last[slot]
+        rows.start(sequence, num_computed, len(sequence.blocks) * self.block_size)
+        rows.known[slot] = 0
+        self.moves[slot] = Move(sequence, parent.slot, token, enters)
+        self.shared_tails.pop(slot, None)
+        if num_computed % self.block_size and self.allocator.ref_count(sequence.blocks[-1]) > 1:
+            self.shared_tails[slot] = sequence
+
+    def rest(self, sequence: Sequence) -> None:
+        """Keep the slot of `sequence` for a beam to come."""
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+        self.shared_tails.pop(sequence.slot, None)
+        self.rows.scheduled[sequence.slot], self.rows.known[sequence.slot] = 0, NEVER
 
     # ----------------------------------------------------------------------------------- the prefix
 

@@ -17,6 +17,7 @@ from scheduler_svc.core.events import (
     RequestStopped,
     Resumed,
     Sampling,
+    SessionOutput,
     StepDone,
     WorkerAttached,
     WorkerLost,
@@ -84,6 +85,7 @@ class World:
     def apply(self, event: object) -> None:
         self.now += 0.001
         for out in self.core.apply([event], self.now).sessions.values():  # type: ignore[list-item]
+            self.took(out)
             for part in out.prompts:
                 assert part.of // 10 not in self.ended and part.entries
                 self.told[part.of // 10] += part.entries
@@ -132,6 +134,16 @@ class World:
                 break
         self.core.check_integrity()
 
+    def took(self, out: SessionOutput) -> None:
+        """What a session was told; more of it than tokens is for others to look at."""
+
+    def expected(self, request: RequestArrived, index: int) -> list[int]:
+        """What a sample must yield."""
+        return expected_output(
+            list(request.prompt), request.sampling.seed + index, request.max_tokens,
+            request.sampling.stop_token_ids,
+        )  # fmt: skip
+
     def check(self) -> None:
         assert set(self.ended) == set(self.requests), "a request never ended"
         for key, request in self.requests.items():
@@ -139,10 +151,7 @@ class World:
             whole = self.ended[key] in (Finish.STOP, Finish.LENGTH)
             assert self.told[key] == (told if whole else told[: len(self.told[key])]), "a prompt's logprobs"
             for i in range(request.n):
-                want = expected_output(
-                    list(request.prompt), request.sampling.seed + i, request.max_tokens,
-                    request.sampling.stop_token_ids,
-                )  # fmt: skip
+                want = self.expected(request, i)
                 got = self.got[key][i]
                 if (key, i) in self.stopped or self.ended[key] is Finish.ERROR:  # a suspected poison
                     assert got == want[: len(got)]

@@ -8,12 +8,25 @@ block tables, early reuse, missing copies and false prefix hits are all seen.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 
 from scheduler_svc.core.events import LogprobEntry, Plan, PromptLogprobs, RowEnd, StepDone, WorkerAttached
+from tests.support.beam_reference import Logprobs
 
 VOCAB = 50
 STOP_ID = 7
+
+
+@lru_cache(maxsize=1 << 14)
+def logprobs_after(history: tuple[int, ...]) -> Logprobs:
+    """What a search's model says after `history`; its outputs end now and then."""
+    logits = np.random.default_rng(hash(history) % (1 << 63)).standard_normal(VOCAB) * 1.5
+    logits[STOP_ID] += 1.0
+    return logits - np.log(np.exp(logits).sum())
 
 
 def next_token(history: tuple[int, ...], seed: int) -> int:
@@ -51,6 +64,10 @@ class Row:
     num_known: int
     num_told: int = 0
     """Tokens of the prompt, if their logprobs are wanted."""
+    num_prompt: int = 0
+    min_tokens: int = 0
+    num_top: int | None = None
+    is_beam: bool = False
     done: bool = False
 
 
@@ -64,17 +81,23 @@ class ModelDevice:
     next_step: int = 0
     holds: random.Random | None = None
     """Lets rows that decode sit iterations out, as rows of grammars may."""
+    batch: list[int] = field(default_factory=list)
 
     def run(self, plan: Plan) -> StepDone:
         """Apply `plan` in the order that the wire prescribes, checking every rule on the way."""
         assert plan.epoch == self.attached.epoch and plan.step_id == self.next_step
         self.next_step += 1
         counts = plan.num_tokens or [1] * len(plan.slots)
-        assert len(counts) == len(plan.slots) == len(set(plan.slots)) > 0
+        assert len(counts) == len(plan.slots) == len(set(plan.slots))
+        assert plan.slots or plan.new_rows, "a step without work"
         assert sum(counts) <= self.attached.max_batched_tokens
         assert 1 <= plan.num_iterations <= self.attached.max_horizon
         assert plan.num_iterations == 1 or not plan.num_tokens
+        assert plan.num_iterations == 1 or not plan.beam_rows
         self._apply_diffs(plan)
+        self.batch = plan.slots
+        beams = {plan.slots[row] for row in plan.beam_rows}
+        assert len(beams) == len(plan.beam_rows) == len(plan.beam_scores) == sum(plan.beam_counts)
         tokens: list[int] = []
         sampled: list[int] = []
         ended: dict[int, RowEnd] = {}
@@ -85,6 +108,12 @@ class ModelDevice:
             told = prompt_logprobs(row.tokens[: row.num_told])[row.num_computed : row.num_computed + count]
             if told:
                 prompts.append(PromptLogprobs(place, tuple(told)))
+            row.is_beam = row.is_beam or slot in beams
+            if slot in beams:
+                assert count > 0 and row.num_computed + count == len(row.tokens), "not a beam's last token"
+                self._compute(row, count)
+                continue
+            assert not row.is_beam or row.num_computed + count < len(row.tokens), "a beam draws"
             if slot in forks:
                 parent = self.rows[forks[slot].parent_slot]
                 row.tokens, row.blocks = parent.tokens[: forks[slot].num_prompt_tokens], list(parent.blocks)
@@ -103,8 +132,37 @@ class ModelDevice:
             worker=plan.worker, epoch=plan.epoch, step_id=plan.step_id, tokens=tokens,
             num_sampled=[] if full else sampled, ended_rows=list(ended),
             ended_reasons=[int(r) for r in ended.values()], device_us=1000 * plan.num_iterations,
-            prompts=tuple(prompts),
+            prompts=tuple(prompts), **self._candidates(plan),
         )  # fmt: skip
+
+    def _candidates(self, plan: Plan) -> dict[str, Any]:
+        parents, tokens, scores = [], [], []
+        tops: list[LogprobEntry] = []
+        start = 0
+        for count, width in zip(plan.beam_counts, plan.beam_widths, strict=True):
+            places = range(start, start + count)
+            start += count
+            rows = [self.rows[plan.slots[plan.beam_rows[i]]] for i in places]
+            assert 0 < count <= width and len({len(row.tokens) for row in rows}) == 1
+            total = np.empty((count, VOCAB))
+            for i, row in enumerate(rows):
+                self._check_cells(row)
+                raw = logprobs_after(tuple(row.tokens))
+                total[i] = raw + plan.beam_scores[start - count + i]
+                if len(row.tokens) - row.num_prompt < row.min_tokens:
+                    total[i, list(row.stops)] = -np.inf
+                if row.num_top is not None:
+                    ids = np.argsort(-raw, kind="stable")[: row.num_top].tolist()
+                    tops.append(LogprobEntry(0.0, 0, tuple(ids), tuple(raw[ids].tolist())))
+            going = total.copy()
+            going[:, list(rows[0].stops)] = -np.inf
+            for values in (total, going):
+                order = np.argsort(-values, axis=None, kind="stable")[:width]
+                parents += (order // VOCAB).tolist()
+                tokens += (order % VOCAB).tolist()
+                scores += values.reshape(-1)[order].tolist()
+        columns = {"beam_parents": parents, "beam_tokens": tokens, "beam_scores": scores}
+        return columns | {"beam_tops": tuple(tops)}
 
     def _apply_diffs(self, plan: Plan) -> None:
         for slot in plan.released_slots:
@@ -121,11 +179,28 @@ class ModelDevice:
                 list(new.tokens), new.num_computed, list(new.blocks), new.last_position,
                 new.sampling.seed, new.sampling.stop_token_ids, len(new.tokens),
                 0 if new.sampling.num_prompt_logprobs is None else new.num_prompt_tokens,
+                new.num_prompt_tokens, new.sampling.min_tokens, new.sampling.num_logprobs,
             )  # fmt: skip
+        self._move(plan)
         for slot, block in zip(plan.append_slots, plan.append_blocks, strict=True):
             self.rows[slot].blocks.append(block)
         for slot, i, block in zip(plan.replace_slots, plan.replace_indexes, plan.replace_blocks, strict=True):
             self.rows[slot].blocks[i] = block
+
+    def _move(self, plan: Plan) -> None:
+        before = {slot: self.rows[slot] for slot in plan.beam_parent_slots}
+        assert len(set(plan.beam_slots)) == len(plan.beam_slots), "a beam moves twice"
+        moved = {}
+        for slot, parent, token in zip(
+            plan.beam_slots, plan.beam_parent_slots, plan.beam_tokens, strict=True
+        ):
+            old, row = before[parent], self.rows[slot]
+            assert old.num_computed == len(old.tokens), "a beam goes on before its last token is computed"
+            moved[slot] = replace(
+                row, tokens=[*old.tokens, token], num_computed=old.num_computed, blocks=list(old.blocks),
+                num_prompt=old.num_prompt, is_beam=True,
+            )  # fmt: skip
+        self.rows |= moved
 
     def _forward(
         self, row: Row, count: int, iterations: int, ended: dict[int, RowEnd], index: int
@@ -134,27 +209,38 @@ class ModelDevice:
         for _ in range(iterations):
             if row.done:
                 break
-            assert row.num_computed + count <= len(row.tokens), "more tokens scheduled than the row has"
-            for position in range(row.num_computed, row.num_computed + count):
-                self._write(row, position)
-            row.num_computed += count
+            self._compute(row, count)
             if row.num_computed < len(row.tokens):
                 return None
             drawn += self._sample(row, ended, index)
         return drawn
 
+    def _compute(self, row: Row, count: int) -> None:
+        assert row.num_computed + count <= len(row.tokens), "more tokens scheduled than the row has"
+        for position in range(row.num_computed, row.num_computed + count):
+            self._write(row, position)
+        row.num_computed += count
+
     def _write(self, row: Row, position: int) -> None:
         size = self.attached.block_size
         block = row.blocks[position // size]
-        holders = [r for r in self.rows.values() if block in r.blocks and not r.done]
+        # A beam outside the batch may be one that ended, whose row keeps what it had until another takes it.
+        holders = [
+            r
+            for slot, r in self.rows.items()
+            if block in r.blocks and not r.done and (not r.is_beam or slot in self.batch)
+        ]
         assert len(holders) <= 1, "a block that others hold was written"
         self.cells[block, position % size] = tuple(row.tokens[: position + 1])
 
-    def _sample(self, row: Row, ended: dict[int, RowEnd], index: int) -> list[int]:
+    def _check_cells(self, row: Row) -> None:
         size = self.attached.block_size
         for position in range(row.num_computed):
             cell = self.cells.get((row.blocks[position // size], position % size))
             assert cell == tuple(row.tokens[: position + 1]), "the row attends to foreign KV"
+
+    def _sample(self, row: Row, ended: dict[int, RowEnd], index: int) -> list[int]:
+        self._check_cells(row)
         row.tokens.append(next_token(tuple(row.tokens), row.seed))
         if row.tokens[-1] in row.stops:
             row.done, ended[index] = True, RowEnd.STOP

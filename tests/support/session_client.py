@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ class Received:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, int] = field(default_factory=dict)
     logprobs: dict[int, list[pb.TokenLogprob]] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
     prompt_logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     usage: pb.Usage | None = None
     failure: pb.RequestFailure | None = None
@@ -35,6 +36,7 @@ class SessionClient:
     """Use as an async context manager; `accepted` is the newest SessionAccepted."""
 
     def __init__(self, address: str, token: str = "", name: str = "test") -> None:
+        self.judge: Callable[[pb.BeamCandidates], list[int]] | None = None  # places of those that end
         self.received: dict[int, Received] = {}
         self.accepted: list[pb.SessionAccepted] = []
         self.num_messages = 0
@@ -63,6 +65,13 @@ class SessionClient:
             if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                 return
             self._take(message)
+            for asked in message.output.candidates:
+                assert self.judge is not None, "candidates came that nobody asked for"
+                stopped = self.judge(asked)
+                batch = pb.VerdictBatch(
+                    handles=[asked.handle], steps=[asked.step], num_stopped=[len(stopped)], stopped=stopped
+                )
+                await self._write(pb.SessionRequest(verdicts=batch))
 
     async def ended_with(self) -> grpc.StatusCode:
         """Wait until the scheduler ends the stream; the status."""
@@ -127,6 +136,8 @@ class SessionClient:
                 entry += count
             if row in reasons:
                 received.reasons[index] = reasons[row]
+        for row, score in zip(out.score_rows, out.scores, strict=True):
+            self.received[out.handles[row]].scores[out.indexes[row] if out.indexes else 0] = score
         told = 0
         for handle, count in zip(out.prompt_handles, out.num_prompt_logprobs, strict=True):
             received = self.received[handle]

@@ -20,9 +20,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+
+import numpy as np
+import numpy.typing as npt
 
 from gpu_worker.hub_client import HubClient
 from gpu_worker.metrics import WorkerMetrics
@@ -46,6 +49,11 @@ def draw(prefix: int, seed: int, vocab_size: int, banned: Sequence[int] = ()) ->
     while token in banned:
         token = (token + 1) % vocab_size
     return token
+
+
+def beam_logprobs(prefix: int, vocab_size: int) -> npt.NDArray[np.float64]:
+    """What the model says to a search after a prefix."""
+    return -np.random.default_rng(prefix % 2**63).standard_exponential(vocab_size)
 
 
 def expected_output(
@@ -90,6 +98,7 @@ class Row:
     sampling: wire.RowSampling
     stops: frozenset[int]
     done: bool = False
+    is_beam: bool = False
     checked: int = 0  # leading positions whose cells have been compared
 
     def add(self, token: int) -> None:
@@ -128,17 +137,25 @@ class SimDevice:
         check(step.step_id == self.next_step, f"step {step.step_id} came, {self.next_step} was next")
         self.next_step += 1
         counts = list(step.num_tokens) or [1] * len(step.slots)
-        check(0 < len(step.slots) == len(counts) == len(set(step.slots)), "the batch's columns are wrong")
+        check(len(step.slots) == len(counts) == len(set(step.slots)), "the batch's columns are wrong")
+        check(bool(step.slots or step.new_rows), "a step without work")
+        check(step.num_iterations == 1 or not step.beam_rows, "a horizon with a search")
         check(sum(counts) <= self.max_batched_tokens, "the token budget is overrun")
         check(1 <= step.num_iterations <= self.max_horizon, "the horizon is out of range")
         check(step.num_iterations == 1 or not step.num_tokens, "a horizon with a chunk or a fork")
         forks = self._apply_diffs(step)
         result = wire.StepResult(epoch=step.epoch, step_id=step.step_id)
         sampled: list[int] = []
+        beams = {step.slots[row] for row in step.beam_rows}
         for place, (slot, count) in enumerate(zip(step.slots, counts, strict=True)):
             row = self.rows[slot]
             if row.sampling.HasField("num_prompt_logprobs"):
                 self._report(row, count, result, place)
+            if slot in beams:
+                check(row.num_computed + count == len(row.tokens), "a search before its beam's last token")
+                self._compute(row, count)
+                continue
+            check(not row.is_beam, "a beam draws")
             if slot in forks:
                 self._fork(row, self.rows[forks[slot]])
                 drawn = self._sample(row, result, len(sampled))
@@ -150,7 +167,30 @@ class SimDevice:
                 sampled.append(len(drawn))
         if any(n != step.num_iterations for n in sampled):
             result.num_sampled.extend(sampled)
+        self._candidates(step, result)
         return result
+
+    def _candidates(self, step: wire.Step, result: wire.StepResult) -> None:
+        start = 0
+        for count, width in zip(step.beam_counts, step.beam_widths, strict=True):
+            places, start = range(start, start + count), start + count
+            rows = [self.rows[step.slots[step.beam_rows[i]]] for i in places]
+            total = np.stack([beam_logprobs(row.prefixes[-1], self.vocab_size) for row in rows])
+            total += np.array([step.beam_scores[i] for i in places])[:, None]
+            stops = list(rows[0].stops)
+            if len(rows[0].tokens) - rows[0].num_prompt < rows[0].sampling.min_tokens:
+                total[:, stops] = -np.inf
+            for ruled_out in ([], stops):
+                total[:, ruled_out] = -np.inf
+                order = np.argsort(-total, axis=None, kind="stable")[:width]
+                result.beam_parents.extend((order // self.vocab_size).tolist())
+                result.beam_tokens.extend((order % self.vocab_size).tolist())
+                result.beam_scores.extend(total.reshape(-1)[order].tolist())
+            for row in rows:
+                if row.sampling.HasField("num_logprobs"):
+                    number, last = row.sampling.num_logprobs, row.tokens[-1]
+                    _add_tops(result.beam_logprobs, last, number, self.vocab_size)
+        check(start == len(step.beam_rows) == len(step.beam_scores), "the columns of searches differ")
 
     # ---------------------------------------------------------------------------------------- diffs
 
@@ -158,8 +198,11 @@ class SimDevice:
         """Everything before the forward; the forks of this step, by slot, with their parents."""
         for slot in step.released_slots:
             check(slot in self.rows, f"slot {slot} is released and holds nothing")
-            for block in self.rows.pop(slot).blocks:
-                self.holders[block] -= 1
+            self._let_go(self.rows.pop(slot))
+        # A beam that moves lets go of what it has: its blocks may be among those that are copied over.
+        going = {slot: self.rows[slot] for slot in step.beam_slots if slot in self.rows}
+        for row in going.values():
+            self._let_go(row)
         sources, targets = list(step.copy_src_blocks), list(step.copy_dst_blocks)
         check(len(sources) == len(targets), "the copies are not pairs")
         check(not set(sources) & set(targets), "a block is a source and a destination")
@@ -174,6 +217,7 @@ class SimDevice:
                 check(not (new.tokens or new.blocks or new.num_computed), "a fork brings what it inherits")
                 forks[new.slot] = new.parent_slot
             self.rows[new.slot] = self._new_row(new)
+        self._move(step)
         for slot, block in zip(step.append_slots, step.append_blocks, strict=True):
             self._hold([block])
             self.rows[slot].blocks.append(block)
@@ -199,6 +243,27 @@ class SimDevice:
             check(row.num_computed < len(row.tokens), "a row's last token is said to be computed")
             self._check_cells(row, row.num_computed)
         return row
+
+    def _move(self, step: wire.Step) -> None:
+        """Beams go on from where they, or others, were before."""
+        before = {slot: self.rows[slot] for slot in step.beam_parent_slots}
+        check(len(set(step.beam_slots)) == len(step.beam_slots), "a beam moves twice")
+        moved = {}
+        columns = step.beam_slots, step.beam_parent_slots, step.beam_tokens
+        for slot, parent, token in zip(*columns, strict=True):
+            old = before[parent]
+            check(old.num_computed == len(old.tokens), "a beam goes on whose last token is not computed")
+            moved[slot] = replace(
+                self.rows[slot], tokens=[*old.tokens], prefixes=[*old.prefixes], blocks=[*old.blocks],
+                num_prompt=old.num_prompt, num_computed=old.num_computed, is_beam=True, checked=0,
+            )  # fmt: skip
+            moved[slot].add(token)
+            self._hold(old.blocks)
+        self.rows |= moved
+
+    def _let_go(self, row: Row) -> None:
+        for block in row.blocks:
+            self.holders[block] -= 1
 
     def _fork(self, row: Row, parent: Row) -> None:
         check(parent.num_computed == parent.num_prompt == row.num_prompt, "a fork from a partial prompt")
@@ -226,17 +291,22 @@ class SimDevice:
         drawn: list[int] = []
         for _ in range(iterations):
             end = row.num_computed + count
-            check(end <= len(row.tokens), "more tokens are scheduled than the row has")
-            for position in range(row.num_computed, end):
-                self._write(row, position)
-            row.num_computed = end
+            self._compute(row, count)
             if end < len(row.tokens):
                 return None
-            self._check_cells(row, end)
             drawn += self._sample(row, result, index)
             if row.done:
                 break
         return drawn
+
+    def _compute(self, row: Row, count: int) -> None:
+        end = row.num_computed + count
+        check(end <= len(row.tokens), "more tokens are scheduled than the row has")
+        for position in range(row.num_computed, end):
+            self._write(row, position)
+        row.num_computed = end
+        if end == len(row.tokens):
+            self._check_cells(row, end)
 
     def _report(self, row: Row, count: int, result: wire.StepResult, place: int) -> None:
         """Logprobs of the prompt's tokens behind those of a chunk."""
@@ -293,6 +363,10 @@ def _add_logprobs(columns: wire.LogprobColumns, token: int, count: int, vocab_si
     """Logprobs that a test can tell from the token: -token/vocab, and the next ids as alternatives."""
     columns.token_logprobs.append(-token / vocab_size)
     columns.ranks.append(1)
+    _add_tops(columns, token, count, vocab_size)
+
+
+def _add_tops(columns: wire.LogprobColumns, token: int, count: int, vocab_size: int) -> None:
     columns.num_top.append(count)
     columns.top_ids.extend((token + i) % vocab_size for i in range(count))
     columns.top_logprobs.extend(-token / vocab_size - i for i in range(count))

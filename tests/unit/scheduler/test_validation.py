@@ -9,6 +9,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.core.beams import EarlyStopping
 from scheduler_svc.errors import InvalidRequest, to_status
 from scheduler_svc.validation import CheckedRequest, ServedModel, check_request
 
@@ -158,3 +159,56 @@ def test_the_status_carries_the_field() -> None:
     assert status.details[0].Unpack(detail)
     assert detail.field_violations[0].field == "sampling.n"
     assert detail.field_violations[0].description == "is 0"
+
+
+def test_a_beam_search_arrives() -> None:
+    checked = check(beam_width=4, n=3, length_penalty=-0.5, early_stopping=pb.EARLY_STOPPING_NEVER)
+    sampling = checked.sampling
+    assert (checked.n, sampling.beam_width, sampling.length_penalty) == (3, 4, -0.5)
+    assert (sampling.early_stopping, sampling.await_verdicts) == (EarlyStopping.NEVER, False)
+    default = check(beam_width=1, await_verdicts=True).sampling
+    assert (default.length_penalty, default.early_stopping) == (1.0, EarlyStopping.HEURISTIC)
+    assert default.await_verdicts
+
+
+@pytest.mark.parametrize(
+    ("field", "sampling"),
+    [
+        ("sampling.beam_width", {"beam_width": 0}),
+        ("sampling.beam_width", {"beam_width": MAX_SLOTS + 1}),
+        ("sampling.beam_width", {"beam_width": 17}),
+        ("sampling.n", {"beam_width": 2, "n": 3}),
+        ("sampling.grammar", {"beam_width": 2, "grammar": "{}"}),
+        ("sampling.early_stopping", {"beam_width": 2, "early_stopping": 9}),
+        ("sampling.length_penalty", {"beam_width": 2, "length_penalty": 11.0}),
+        ("sampling.length_penalty", {"beam_width": 2, "length_penalty": math.nan}),
+        ("sampling.length_penalty", {"length_penalty": 1.0}),
+        ("sampling.early_stopping", {"early_stopping": pb.EARLY_STOPPING_FIRST}),
+        ("sampling.await_verdicts", {"await_verdicts": True}),
+    ],
+)
+def test_options_of_beam_searches_are_checked(field: str, sampling: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(**sampling)
+    assert caught.value.field == field
+
+
+def test_a_beam_search_needs_the_blocks_of_all_its_beams() -> None:
+    asked: list[int] = []
+
+    def refusal(_prompt: int, n: int, _max_tokens: int) -> str | None:
+        asked.append(n)
+        return "too many"
+
+    with pytest.raises(InvalidRequest) as caught:
+        check(beam_width=4, n=2, max_tokens=5, refusal=refusal)
+    assert caught.value.field == "sampling.beam_width" and set(asked) == {4}
+
+
+def test_a_beam_search_resumes_only_where_it_had_ended() -> None:
+    ended = pb.ResumedSample(token_ids=[4], finished=True)
+    assert len(check(beam_width=2, n=2, resume=[ended, ended]).resume) == 2
+    check(beam_width=2, n=2, resume=[pb.ResumedSample(), pb.ResumedSample()])
+    with pytest.raises(InvalidRequest) as caught:
+        check(beam_width=2, n=2, resume=[ended, pb.ResumedSample()])
+    assert caught.value.field == "resume"
