@@ -83,7 +83,8 @@ def test_the_arithmetic_is_the_sum_over_all_steps(n: int, block_size: int) -> No
 @pytest.mark.parametrize("size", [64, 981 * 16, 100])
 def test_buddy_pieces_never_meet_and_join_again(size: int) -> None:
     choose = random.Random(size)
-    buddy, held = Buddy(size), {}
+    buddy = Buddy(size)
+    held: dict[int, int] = {}
     for _ in range(4000):
         if held and choose.random() < 0.5:
             start = choose.choice(list(held))
@@ -91,14 +92,14 @@ def test_buddy_pieces_never_meet_and_join_again(size: int) -> None:
             del held[start]
         else:
             wanted = choose.randrange(1, size // 4)
-            start, piece = buddy.take(wanted), rounded(wanted)
+            found, piece = buddy.take(wanted), rounded(wanted)
             taken = {slot for first, length in held.items() for slot in range(first, first + length)}
             places = range(0, size - piece + 1, piece)
-            if start is None:
+            if found is None:
                 assert all(taken & set(range(p, p + piece)) for p in places), "there was room for it"
             else:
-                assert start in places and not taken & set(range(start, start + piece))
-                held[start] = piece
+                assert found in places and not taken & set(range(found, found + piece))
+                held[found] = piece
         assert buddy.num_taken == sum(held.values())
     for start in held:
         buddy.give(start)
