@@ -74,11 +74,15 @@ def measure(sizes: Sizes, with_text: bool, seed: int = 0) -> Figures:
     """Run every row."""
     savings, described = [], []
     for setting in (ALPACA, SHAREGPT):
-        for trace in traces_of(setting, sizes.sharing, with_text, seed):
+        traces = traces_of(setting, sizes.sharing, with_text, seed)
+        for trace in traces:
             described.append(paper_rows.describe(trace))
             for n in WIDTHS:
                 print(f"sharing: {trace.name}, n = {n}", file=sys.stderr, flush=True)
                 savings.append(paper_rows.parallel(trace, setting.name, n))
+        for width in WIDTHS:
+            print(f"sharing: {traces[0].name}, {width} beams", file=sys.stderr, flush=True)
+            savings.append(paper_rows.beams(traces[0], setting.name, width))
     print("admission and waste", file=sys.stderr, flush=True)
     load = drawn(SHAREGPT, sizes.admission, seed)
     described.append(paper_rows.describe(load) | {"name": "ShareGPT, drawn: admission and waste"})

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from benchmarks.paper_beams import Dynamics, Parents
 from benchmarks.paper_lengths import Trace
+from scheduler_svc.core.beams import EarlyStopping
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import Plan, RequestArrived, RowEnd, Sampling, StepDone, WorkerAttached
 from scheduler_svc.core.scheduler import Scheduler
@@ -36,13 +38,18 @@ class Row:
 
 @dataclass
 class Device:
-    """Answers plans with as many tokens as they ask for; a row ends where its request's length is reached."""
+    """Answers plans with as many tokens as they ask for; a row ends where its request's length is reached.
+
+    Beams go on from each other as `dynamics` tells.
+    """
 
     random: random.Random
+    dynamics: Dynamics | None = None
     rows: dict[int, Row] = field(default_factory=dict)
+    genealogies: dict[int, Iterator[Parents]] = field(default_factory=dict)
 
-    def run(self, plan: Plan) -> StepDone:
-        """The result of one step."""
+    def run(self, plan: Plan, searches: list[int]) -> StepDone:
+        """The result of one step; `searches` are the keys of those that get candidates."""
         forked = set()
         for new in plan.new_rows:
             known = len(new.tokens) or new.num_prompt_tokens
@@ -52,8 +59,11 @@ class Device:
                 forked.add(new.slot)
         sampled: list[int] = []
         ended: list[int] = []
+        beams = {plan.slots[place] for place in plan.beam_rows}
         for slot, count in zip(plan.slots, plan.num_tokens or [1] * len(plan.slots), strict=True):
             row = self.rows[slot]
+            if slot in beams:
+                continue  # it gets candidates
             if slot not in forked and row.computed + count < row.known:
                 row.computed += count
                 continue  # a prompt that is not complete draws nothing
@@ -63,11 +73,25 @@ class Device:
             sampled.append(new)
             if row.known >= row.last_position:
                 ended.append(len(sampled) - 1)
+        parents: list[int] = []
+        for search in zip(searches, plan.beam_counts, plan.beam_widths, strict=True):
+            parents += self._parents(*search)
         return StepDone(
-            worker=plan.worker, epoch=plan.epoch, step_id=plan.step_id,
+            worker=plan.worker, epoch=plan.epoch, step_id=plan.step_id, beam_parents=parents,
+            beam_tokens=[self.random.randrange(VOCAB) for _ in parents],
+            beam_scores=[-float(place) for place in range(len(parents))],
             tokens=[self.random.randrange(VOCAB) for _ in range(sum(sampled))], num_sampled=sampled,
             ended_rows=ended, ended_reasons=[int(RowEnd.LENGTH)] * len(ended), device_us=1000,
         )  # fmt: skip
+
+    def _parents(self, key: int, count: int, width: int) -> Parents:
+        """Of a search's candidates: the best, and the same again as those that do not end, for none does."""
+        assert self.dynamics is not None and self.dynamics.width == width
+        if count == 1:
+            # The prompt's step. A search that was preempted has all its beams and goes on where it was.
+            self.genealogies[key] = self.dynamics.replay(key)
+            return (0,) * width * 2
+        return next(self.genealogies[key]) * 2
 
 
 class Seen(NamedTuple):
@@ -89,15 +113,15 @@ class Seen(NamedTuple):
 
 
 class Simulation:
-    """A core with one worker, and the requests of a trace, of `n` samples each."""
+    """A core with one worker, and the requests of a trace: of `n` samples, or of beams with dynamics."""
 
     def __init__(
         self, trace: Trace, n: int = 1, *, num_blocks: int, block_size: int = 16, max_slots: int = 1024,
-        depth: int = 2, seed: int = 0,
+        depth: int = 2, seed: int = 0, dynamics: Dynamics | None = None,
     ) -> None:  # fmt: skip
         self.random = random.Random(seed)
         self.n = n
-        self.device = Device(self.random)
+        self.device = Device(self.random, dynamics)
         self.answers: deque[StepDone] = deque()
         self.num_steps = 0
         # As in the paper's system: no horizon, and nothing is shared but within a request.
@@ -118,12 +142,18 @@ class Simulation:
     def _requests(self, trace: Trace) -> Iterator[RequestArrived]:
         lengths = zip(trace.prompts.tolist(), trace.outputs.tolist(), strict=True)
         for key, (prompt, output) in enumerate(lengths):
-            if refusal := self.core.refusal(prompt, self.n, output):
+            rows = self.device.dynamics.width if self.device.dynamics else self.n
+            if refusal := self.core.refusal(prompt, rows, output):
                 raise ValueError(f"request {key} of the trace cannot run: {refusal}")
             ids = tuple(self.random.randrange(VOCAB) for _ in range(prompt))
+            sampling = Sampling(seed=key)
+            if self.device.dynamics is not None:
+                # One that never stops early: it is as long as its trace says.
+                width, never = self.device.dynamics.width, int(EarlyStopping.NEVER)
+                sampling = Sampling(seed=key, beam_width=width, early_stopping=never)
             yield RequestArrived(
                 key=key, session=1, handle=key, request_id=str(key), prompt=ids, n=self.n, max_tokens=output,
-                sampling=Sampling(seed=key),
+                sampling=sampling,
             )  # fmt: skip
 
     def steps(self) -> Iterator[Seen]:
@@ -131,7 +161,8 @@ class Simulation:
         while True:
             self._arrive()
             while (plan := self.core.plan(WORKER, float(self.num_steps))) is not None:
-                self.answers.append(self.device.run(plan))
+                searches = [group.key for group in self.worker.inflight[-1].searches]
+                self.answers.append(self.device.run(plan, searches))
             if not self.answers:
                 assert not self.core.groups, "requests are left and nothing runs"
                 return

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import paper_orca
+from benchmarks.paper_beams import Dynamics, ideal_saving
 from benchmarks.paper_core import QUEUED, Seen, Simulation
-from benchmarks.paper_lengths import Trace, ceiling, mean_tokens, parallel_saving
+from benchmarks.paper_lengths import Trace, ceiling, mean_tokens, most_beams_save, parallel_saving
 
 BLOCK_SIZE = 16
 # OPT-13B on an A100 with 40 GB, the paper's table 1: 12 GB of KV cache, 15.7 thousand tokens.
@@ -119,6 +120,22 @@ def parallel(trace: Trace, setting: str, n: int) -> Saving:
     paper = PAPER_SAVING["parallel", setting].get(n)
     allowed = parallel_saving(trace, n, BLOCK_SIZE)
     return Saving("parallel", trace.name, n, 1 - held / references, allowed, allowed, paper)
+
+
+def beams(trace: Trace, setting: str, width: int) -> Saving:
+    """Beam search in a cache with room for all, its beams going on from each other as measured."""
+    dynamics = Dynamics.load(setting, width)
+    references = held = alone = shared = 0
+    simulation = Simulation(trace, num_blocks=ROOMY_BLOCKS, max_slots=ROOMY_ROWS, dynamics=dynamics)
+    for seen in simulation.steps():
+        references += seen.references
+        held += seen.held
+    for key, (prompt, output) in enumerate(zip(trace.prompts.tolist(), trace.outputs.tolist(), strict=True)):
+        more = ideal_saving(dynamics, prompt, output, BLOCK_SIZE, key)
+        alone, shared = alone + more[0], shared + more[1]
+    paper = PAPER_SAVING["beam", setting].get(width)
+    most = most_beams_save(trace, width, BLOCK_SIZE)
+    return Saving("beam", trace.name, width, 1 - held / references, 1 - shared / alone, most, paper)
 
 
 def admission(
