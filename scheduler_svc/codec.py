@@ -48,6 +48,10 @@ PLAN_COLUMNS = (
     "replace_blocks",
     "slots",
     "num_tokens",
+    "swap_out_device_blocks",
+    "swap_out_host_blocks",
+    "swap_in_host_blocks",
+    "swap_in_device_blocks",
 )
 
 
@@ -127,6 +131,7 @@ def decode_result(worker: str, result: wire.StepResult, flight: Flight, vocab_si
         device_us=result.device_us,
         idle_us=result.idle_us,
         prompts=_decode_prompts(result, flight) if flight.prompts or result.prompt_rows else (),
+        swap_us=result.swap_us,
     )
     _check_columns(event, flight.num_iterations, len(flight.sampling), vocab_size)
     return event

@@ -216,6 +216,8 @@ class WorkerHub:
             max_batched_tokens=min(h.max_batched_tokens for h in hellos),
             max_horizon=min(h.max_horizon for h in hellos),
             max_inflight=self._max_inflight,
+            num_host_blocks=start.num_host_blocks,
+            block_bytes=hellos[0].block_bytes,
         )
         self._engine.worker_attached(event, served_model(hellos[0]))
 
