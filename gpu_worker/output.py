@@ -30,6 +30,8 @@ Events = tuple[torch.cuda.Event, torch.cuda.Event]
 def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepResult:
     """Put a step's values, which the device has delivered, into columns. The times are the caller's."""
     result = worker_pb2.StepResult(epoch=epoch, step_id=step_id)
+    if outputs.swaps is not None:
+        result.swap_us = microseconds(outputs.swaps[0].elapsed_time(outputs.swaps[1]) / 1e3)
     if outputs.prompts is not None:
         _add_prompts(result, *outputs.prompts)
     if outputs.drawn is None:

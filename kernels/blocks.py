@@ -1,4 +1,4 @@
-"""Copies whole blocks of the paged cache: for copy-on-write of a shared block, and to host memory and back."""
+"""Copies whole blocks of the paged cache: for copy-on-write, and to host memory and back."""
 
 import ctypes
 

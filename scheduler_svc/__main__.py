@@ -132,6 +132,9 @@ class Service:
             counters={
                 "num_preemptions": stats.num_preemptions,
                 "recomputed_tokens": stats.recomputed_tokens,
+                "recompute_seconds": stats.recompute_us / 1e6,
+                "swapped_tokens": stats.swapped_tokens,
+                "swap_seconds": stats.swap_us / 1e6,
                 "prompt_tokens": stats.prompt_tokens,
                 "prompt_tokens_cached": stats.prompt_tokens_cached,
                 "generation_tokens": stats.generation_tokens,
@@ -141,6 +144,11 @@ class Service:
                 "replayed_tokens": stats.replayed_tokens,
                 "requests_cancelled": stats.finished.get("cancelled", 0),
                 "requests_aborted": self._engine.num_aborted,
+            },
+            preemptions={"swap": stats.num_swaps, "recompute": stats.num_preemptions - stats.num_swaps},
+            swaps={
+                "blocks": {"out": stats.swapped_out_blocks, "in": stats.swapped_in_blocks},
+                "bytes": {"out": stats.swapped_out_bytes, "in": stats.swapped_in_bytes},
             },
             finished={finish.name.lower(): 0 for finish in Finish} | stats.finished,
         )
@@ -156,7 +164,8 @@ class Service:
             heard=group.heard if group else 0.0,
             block_size=worker.block_size,
             num_blocks=worker.num_blocks,
-            num_host_blocks=group.num_host_blocks if group else 0,
+            num_host_blocks=worker.num_host_blocks,
+            num_host_blocks_used=worker.num_host_blocks_used,
             max_slots=worker.max_slots,
         )
 

@@ -43,23 +43,29 @@ class WorkerReading(msgspec.Struct):
     block_size: int
     num_blocks: int
     num_host_blocks: int
+    num_host_blocks_used: int
     max_slots: int
 
 
 class Reading(msgspec.Struct):
-    """The gauges and counters at one moment. `counters` are by metric name."""
+    """The gauges and counters at one moment. `counters` are by metric name, `swaps` by unit and direction."""
 
     num_running: int = 0
     num_waiting: int = 0
     workers: list[WorkerReading] = []
     prefix_cache: bool = True
-    counters: dict[str, int] = {}
+    counters: dict[str, float] = {}
+    preemptions: dict[str, int] = {}
+    swaps: dict[str, dict[str, int]] = {}
     finished: dict[str, int] = {}
 
 
 _COUNTERS = {
     "num_preemptions": "Requests preempted.",
     "recomputed_tokens": "Tokens whose KV was computed again after a preemption or a worker's death.",
+    "recompute_seconds": "Device time of that, by the measured rate of long prompts.",
+    "swapped_tokens": "Tokens whose KV went to host memory when their requests were preempted.",
+    "swap_seconds": "Device time of copies to host memory and back.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "prompt_tokens_cached": "Prompt tokens that the prefix cache had.",
     "generation_tokens": "Tokens generated.",
@@ -179,12 +185,14 @@ class Metrics:
         for name, text in _COUNTERS.items():
             yield self._family(CounterMetricFamily, name, text, [(ENGINE, reading.counters.get(name, 0))])
         # The refusals are a copy, for the loop counts on.
-        for name, label, counts in (
-            ("request_success", "finished_reason", reading.finished),
-            ("admission_rejections", "reason", dict(self._rejections)),
+        for name, what, label, counts in (
+            ("request_success", "Requests", "finished_reason", reading.finished),
+            ("admission_rejections", "Requests", "reason", dict(self._rejections)),
+            *((f"swapped_{what}", f"Swapped {what}", "direction", c) for what, c in reading.swaps.items()),
+            ("preemptions", "Preemptions", "mode", reading.preemptions),
         ):
             by_label = [(ENGINE, value, count) for value, count in counts.items()]
-            yield self._family(CounterMetricFamily, name, f"Requests by {label}.", by_label, label)
+            yield self._family(CounterMetricFamily, name, f"{what} by {label}.", by_label, label)
         for name, text, number in (
             ("num_requests_running", "Requests that hold slots.", reading.num_running),
             ("num_requests_waiting", "Requests in the queue.", reading.num_waiting),
@@ -205,6 +213,7 @@ class Metrics:
             ("kv_cache_usage_perc", "Share of the KV blocks in use, 1 is all.", lambda w: w.usage),
             ("kv_waste_ratio", "Allocated minus used token slots, over allocated.", lambda w: w.waste),
             ("kv_sharing_ratio", "Blocks saved by sharing over blocks referenced.", lambda w: w.sharing),
+            ("num_host_blocks_used", "Blocks of host memory that hold KV.", lambda w: w.num_host_blocks_used),
             ("worker_last_heard_seconds", "Time since the worker was last heard.", lambda w: now - w.heard),
         )
         for name, text, value in gauges:

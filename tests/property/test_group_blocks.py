@@ -1,8 +1,8 @@
-"""Blocks of whole groups, on the device and in host memory: grown, forked, dropped, copied and swapped at random.
+"""Blocks of groups, on the device and in host memory: grown, forked, dropped, copied and swapped at random.
 
-The allocators, the prefix index and the swaps are the core's own; what moves blocks' contents is a model. Every
-cell holds a digest of the tokens up to its own, so that a block which is lost, shared by mistake or used too
-early is noticed by whoever holds it, and after each operation every count is compared with the tables.
+The allocators, the prefix index and the swaps are the core's own; what moves blocks' contents is a model.
+Every cell holds a digest of the tokens up to its own, so that a block that is lost, shared by mistake or used
+too early is noticed by whoever holds it. After each operation every count is compared with the tables.
 """
 
 from __future__ import annotations
