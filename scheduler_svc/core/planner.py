@@ -271,7 +271,7 @@ class _Step:
         if group.num_preemptions or group.num_replays:
             again = len(sequence.tokens) - len(blocks) * worker.block_size
             self.stats.recomputed_tokens += again
-            self.stats.recompute_us += again * worker.token_us
+            self.stats.recompute_us += again * (worker.token_us or worker.least_token_us)
         self._chunk(sequence)
 
     def _new_row(self, sequence: Sequence, parent_slot: int | None) -> None:

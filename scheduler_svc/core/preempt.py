@@ -10,17 +10,16 @@ from scheduler_svc.core.group import Group
 from scheduler_svc.core.request import NO_SLOT
 from scheduler_svc.core.worker import Worker
 
-# What a token of a prompt is taken to cost before any long step was measured: a 7B model on a large GPU.
-PREFILL_TOKEN_US = 20.0
-
 
 def prefers_swap(worker: Worker, num_blocks: int, num_tokens: int) -> bool:
     """Whether a victim's `num_blocks` should go to host memory and come back, rather than that the
-    `num_tokens` which would be lost are computed again: whichever takes the device less time, unless told.
+    `num_tokens` which would be lost are computed again: whichever takes the device less time, by what was
+    measured, unless told.
     """
     if worker.preemption_mode != "auto":
         return worker.preemption_mode == "swap"
-    return 2 * num_blocks * worker.block_us <= num_tokens * (worker.token_us or PREFILL_TOKEN_US)
+    token_us = worker.token_us or worker.least_token_us
+    return not token_us or 2 * num_blocks * worker.block_us <= num_tokens * token_us
 
 
 def lost_work(worker: Worker, group: Group) -> int:

@@ -69,6 +69,7 @@ class Worker:
         self.confirmed_step = -1
         self.iteration_us = 0.0  # moving average over steps of decodes
         self.token_us = 0.0  # the same for each token of steps that are long enough to tell
+        self.least_token_us = 0.0  # of any step with prompts, for as long as there was none of those
         self.block_bytes = event.block_bytes
         self.block_us = event.block_bytes / SWAP_BYTES_PER_US  # moving average of swapping one block
         self.horizon = 1
@@ -83,6 +84,9 @@ class Worker:
             device_us = max(0, device_us - swap_us)
         if flight.only_decodes:
             self.iteration_us = _average(self.iteration_us, device_us / flight.num_iterations)
+        else:
+            token_us = device_us / flight.num_tokens
+            self.least_token_us = min(token_us, self.least_token_us or token_us)
         if flight.num_tokens >= BUSY_TOKENS:
             self.token_us = _average(self.token_us, device_us / (flight.num_tokens * flight.num_iterations))
 

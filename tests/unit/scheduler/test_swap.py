@@ -17,7 +17,7 @@ from scheduler_svc.core.events import (
     WorkerAttached,
     WorkerLost,
 )
-from scheduler_svc.core.preempt import PREFILL_TOKEN_US, prefers_swap
+from scheduler_svc.core.preempt import prefers_swap
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.snapshot import PREEMPTED, SWAPPED
 from scheduler_svc.core.swap import most_blocks
@@ -245,9 +245,13 @@ def test_auto_takes_what_the_device_is_faster_at_and_both_can_be_forced(mode: st
     assert prefers_swap(worker, 10, 40) is (mode != "recompute")
     worker.token_us = 4.5
     assert prefers_swap(worker, 10, 40) is (mode == "swap")
-    worker.token_us, worker.block_us = 0.0, PREFILL_TOKEN_US * SIZE / 2
-    assert prefers_swap(worker, 10, 10 * SIZE) is (mode != "recompute")
-    assert prefers_swap(worker, 10, 9 * SIZE) is (mode == "swap"), "blocks of others are not lost"
+    worker.token_us, worker.least_token_us = 0.0, 5.5
+    assert prefers_swap(worker, 10, 40) is (mode != "recompute"), (
+        "no long step was measured: the best of others"
+    )
+    assert prefers_swap(worker, 10, 36) is (mode == "swap"), "blocks of others are not lost"
+    worker.least_token_us = 0.0
+    assert prefers_swap(worker, 10, 1) is (mode != "recompute"), "nothing was measured"
 
 
 def test_rates_are_learnt_from_steps_that_swap_and_their_time_is_not_the_forwards() -> None:
@@ -257,5 +261,6 @@ def test_rates_are_learnt_from_steps_that_swap_and_their_time_is_not_the_forward
     assert bench.worker.block_us == pytest.approx(0.1 + 0.2 * (10 - 0.1)), "the device model's 10 us a block"
     swap_us = 10 * len(plan.swap_out_host_blocks)
     assert bench.worker.iteration_us == pytest.approx(1000 - 0.2 * swap_us)
-    assert bench.core.stats.swap_us == 10 * len(plan.swap_out_host_blocks)
+    assert bench.core.stats.swap_us == swap_us
+    assert bench.worker.least_token_us == pytest.approx(1000 / 16), "of the step that computed both prompts"
     bench.finish()
