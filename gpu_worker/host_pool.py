@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,24 +12,8 @@ from gpu_worker.staging import Pairs
 from kernels.blocks import copy_blocks
 from kernels.cpu.memory import pages
 
-
-@dataclass
-class Moment:
-    """What a `torch.cuda.Event` is on a CPU."""
-
-    at: float = 0.0
-
-    def record(self) -> None:
-        """It is now."""
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: Moment) -> float:
-        """Milliseconds until `end`."""
-        return (end.at - self.at) * 1e3
-
-
-# Two `Moment`s, or events of CUDA.
-Window = tuple[Any, Any]
+Moment: TypeAlias = Any
+"""Of the clock of whoever copies: an event of CUDA, or what `time.perf_counter` says."""
 
 
 class HostPool:
@@ -47,21 +29,32 @@ class HostPool:
         self._host = list(memory)
         self._on_cuda = cache.pool.is_cuda
 
-    def out(self, pairs: Pairs | None) -> Window:
-        """Copy device blocks to host blocks, before anything else of a step; when its swaps began, and will
-        have ended."""
-        kind = partial(torch.cuda.Event, enable_timing=True) if self._on_cuda else Moment
-        window = kind(), kind()
-        window[0].record()
+    def out(self, pairs: Pairs | None) -> Moment:
+        """Copy device blocks to host blocks, before anything else of a step; when its swaps began."""
+        begun = self._now()
         if pairs is not None:
             copy_blocks(self._device, *pairs, self._host)
-        return window
+        return begun
 
-    def back(self, pairs: Pairs | None, window: Window) -> None:
-        """Copy host blocks to device blocks, before a step's forward; what `out` said of it is true then."""
+    def back(self, pairs: Pairs | None) -> Moment:
+        """Copy host blocks to device blocks, before a step's forward; when its swaps ended."""
         if pairs is not None:
             copy_blocks(self._host, *pairs, self._device)
-        window[1].record()
+        return self._now()
+
+    def _now(self) -> Moment:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def seconds_between(begun: Moment, ended: Moment) -> float:
+    """How long it took, once it is over."""
+    if isinstance(begun, torch.cuda.Event):
+        return begun.elapsed_time(ended) / 1e3
+    return ended - begun
 
 
 def host_memory(num_tensors: int, size: int, num_blocks: int, device: torch.device) -> torch.Tensor:

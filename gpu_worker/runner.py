@@ -9,7 +9,7 @@ import torch
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.grammar import Grammars
 from gpu_worker.graphs import NUM_FIRST, Graphs, Part
-from gpu_worker.host_pool import HostPool, Window
+from gpu_worker.host_pool import HostPool, Moment
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
@@ -32,7 +32,7 @@ class StepOutputs:
     """On the device."""
     prompts: tuple[Wanted, SampledLogprobs] | None = None
     """Prompt tokens that were to be reported on, and their logprobs, on the device."""
-    swaps: Window | None = None
+    swaps: tuple[Moment, Moment] | None = None
     """When its swaps began and ended."""
 
 
@@ -98,10 +98,11 @@ class Runner:
         """Apply a step and run its iterations."""
         outputs = StepOutputs(batch.num_logprobs)
         if self._host is not None and (diff.swap_out or diff.swap_in):
-            outputs.swaps = self._host.out(diff.swap_out)
-        self._rows.apply(diff, self._cache.tensors)
-        if self._host is not None and outputs.swaps is not None:
-            self._host.back(diff.swap_in, outputs.swaps)
+            begun = self._host.out(diff.swap_out)
+            self._rows.apply(diff, self._cache.tensors)
+            outputs.swaps = begun, self._host.back(diff.swap_in)
+        else:
+            self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
         part = Part.LOGITS

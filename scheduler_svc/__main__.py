@@ -146,10 +146,7 @@ class Service:
                 "requests_aborted": self._engine.num_aborted,
             },
             preemptions={"swap": stats.num_swaps, "recompute": stats.num_preemptions - stats.num_swaps},
-            swaps={
-                "blocks": {"out": stats.swapped_out_blocks, "in": stats.swapped_in_blocks},
-                "bytes": {"out": stats.swapped_out_bytes, "in": stats.swapped_in_bytes},
-            },
+            swaps={"blocks": stats.swapped_blocks, "bytes": stats.swapped_bytes},
             finished={finish.name.lower(): 0 for finish in Finish} | stats.finished,
         )
 

@@ -37,22 +37,8 @@ ROW_OPTIONS = (
     "num_prompt_logprobs",
     "grammar",
 )
-PLAN_COLUMNS = (
-    "released_slots",
-    "copy_src_blocks",
-    "copy_dst_blocks",
-    "append_slots",
-    "append_blocks",
-    "replace_slots",
-    "replace_indexes",
-    "replace_blocks",
-    "slots",
-    "num_tokens",
-    "swap_out_device_blocks",
-    "swap_out_host_blocks",
-    "swap_in_host_blocks",
-    "swap_in_device_blocks",
-)
+_NO_COLUMNS = ("worker", "epoch", "step_id", "num_iterations", "new_rows")
+PLAN_COLUMNS = tuple(name for name in Plan.__struct_fields__ if name not in _NO_COLUMNS)
 
 
 _ROW_ENDS = frozenset(int(end) for end in RowEnd)

@@ -49,8 +49,8 @@ def swap_out(worker: Worker, group: Group, stats: Stats) -> None:
     worker.swap_outs |= {host: block for block, host in host_of.items()}
     stats.num_swaps += 1
     stats.swapped_tokens += sum(fill.values())
-    stats.swapped_out_blocks += len(fill)
-    stats.swapped_out_bytes += len(fill) * worker.block_bytes
+    stats.swapped_blocks["out"] += len(fill)
+    stats.swapped_bytes["out"] += len(fill) * worker.block_bytes
 
 
 def most_blocks(worker: Worker) -> int:
@@ -93,8 +93,8 @@ def swap_in(worker: Worker, live: list[Sequence], plan: Plan, stats: Stats) -> N
             sequence.blocks.append(block)
             plan.swap_in_host_blocks.append(host)
             plan.swap_in_device_blocks.append(block)
-            stats.swapped_in_blocks += 1
-            stats.swapped_in_bytes += worker.block_bytes
+            stats.swapped_blocks["in"] += 1
+            stats.swapped_bytes["in"] += worker.block_bytes
             if i < num_full:
                 back[host] = block
         drop_host(worker, sequence)

@@ -84,7 +84,7 @@ class Worker:
             device_us = max(0, device_us - swap_us)
         if flight.only_decodes:
             self.iteration_us = _average(self.iteration_us, device_us / flight.num_iterations)
-        else:
+        elif flight.num_tokens:
             token_us = device_us / flight.num_tokens
             self.least_token_us = min(token_us, self.least_token_us or token_us)
         if flight.num_tokens >= BUSY_TOKENS:

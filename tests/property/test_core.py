@@ -248,7 +248,7 @@ def test_small_cache_swaps() -> None:
             seed, 800, config, deaths=seed % 2 == 0, blocks=24, block_size=4, slots=8, budget=60, host=40
         )
         num_swaps += world.core.stats.num_swaps
-        num_back += world.core.stats.swapped_in_blocks
+        num_back += world.core.stats.swapped_blocks["in"]
     assert num_swaps > 60 and num_back > 300
 
 
