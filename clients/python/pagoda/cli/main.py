@@ -78,9 +78,7 @@ def serve(
     preemption_mode: Annotated[
         Text, typer.Option(help="What becomes of a preempted request's KV: auto, swap or recompute.")
     ] = None,
-    swap_space: Annotated[
-        Decimal, typer.Option(help="GiB of host memory for the KV of preempted requests; 0 is none.")
-    ] = None,
+    swap_space: Annotated[Decimal, typer.Option(help="GiB of host memory for preempted KV; 0: none.")] = None,
     max_batched_tokens: Annotated[
         Number, typer.Option(help="Token budget of one iteration, for scheduler and workers.")
     ] = None,
