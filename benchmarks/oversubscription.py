@@ -150,6 +150,7 @@ class Bench:
             *("-m", "gpu_worker", "--model", str(model), "--load-format", o.load_format, *limits),
             *("--device", o.device, "--dtype", o.dtype, "--max-model-len", str(o.context)),
             *("--max-slots", str(o.slots), "--num-blocks", str(o.blocks), "--metrics-port", "0"),
+            *(("--gpu-memory-utilization", "0.95") if o.device == "cuda" else ()),  # three workers share it
             *o.worker_args,
         )
         services.wait_attached(o.ready_s)

@@ -12,6 +12,8 @@ from gpu_worker.staging import Pairs
 from kernels.blocks import copy_blocks
 from kernels.cpu.memory import pages
 
+MAPPED = 2  # cudaHostRegisterMapped: kernels may read and write it
+
 Moment: TypeAlias = Any
 """Of the clock of whoever copies: an event of CUDA, or what `time.perf_counter` says."""
 
@@ -69,5 +71,5 @@ def host_memory(num_tensors: int, size: int, num_blocks: int, device: torch.devi
     if device.type == "cuda" and num_blocks:
         memory.zero_()  # touched here, by this thread: the driver would touch it page by page, under its lock
         pin = torch.cuda.cudart().cudaHostRegister
-        torch.cuda.check_error(pin(memory.data_ptr(), memory.nbytes, 0))
+        torch.cuda.check_error(pin(memory.data_ptr(), memory.nbytes, MAPPED))
     return memory
