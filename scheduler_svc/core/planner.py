@@ -319,7 +319,7 @@ class _Step:
             need, idle_hits = blocks_to_resume(worker, live)
             moved = len(worker.swap_outs) + len(self.plan.swap_in_host_blocks)
             if moved and moved + need > most_blocks(worker):
-                return "the steps before it bring back others from host memory"
+                return "others come back from host memory before it, as many as a step may bring back"
         else:
             hits = worker.hits(live[0])
             idle_hits = sum(1 for block in hits if not worker.allocator.ref_count(block))
