@@ -37,18 +37,8 @@ ROW_OPTIONS = (
     "num_prompt_logprobs",
     "grammar",
 )
-PLAN_COLUMNS = (
-    "released_slots",
-    "copy_src_blocks",
-    "copy_dst_blocks",
-    "append_slots",
-    "append_blocks",
-    "replace_slots",
-    "replace_indexes",
-    "replace_blocks",
-    "slots",
-    "num_tokens",
-)
+_NO_COLUMNS = ("worker", "epoch", "step_id", "num_iterations", "new_rows")
+PLAN_COLUMNS = tuple(name for name in Plan.__struct_fields__ if name not in _NO_COLUMNS)
 
 
 _ROW_ENDS = frozenset(int(end) for end in RowEnd)
@@ -127,6 +117,7 @@ def decode_result(worker: str, result: wire.StepResult, flight: Flight, vocab_si
         device_us=result.device_us,
         idle_us=result.idle_us,
         prompts=_decode_prompts(result, flight) if flight.prompts or result.prompt_rows else (),
+        swap_us=result.swap_us,
     )
     _check_columns(event, flight.num_iterations, len(flight.sampling), vocab_size)
     return event

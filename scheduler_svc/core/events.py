@@ -65,6 +65,8 @@ class WorkerAttached(msgspec.Struct, frozen=True, array_like=True, tag="worker_a
     max_batched_tokens: int
     max_horizon: int
     max_inflight: int
+    num_host_blocks: int = 0
+    block_bytes: int = 0  # of one block over all layers
 
 
 class WorkerLost(msgspec.Struct, frozen=True, array_like=True, tag="worker_lost"):
@@ -141,6 +143,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     device_us: int = 0
     idle_us: int = 0
     prompts: tuple[PromptLogprobs, ...] = ()
+    swap_us: int = 0  # a part of device_us
 
 
 Event = WorkerAttached | WorkerLost | RequestArrived | RequestStopped | StepDone
@@ -184,6 +187,10 @@ class Plan(msgspec.Struct, array_like=True):
     replace_blocks: list[int]
     slots: list[int]
     num_tokens: list[int]
+    swap_out_device_blocks: list[int] = []
+    swap_out_host_blocks: list[int] = []
+    swap_in_host_blocks: list[int] = []
+    swap_in_device_blocks: list[int] = []
 
 
 class SessionOutput(msgspec.Struct, array_like=True):
