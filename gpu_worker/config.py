@@ -37,6 +37,11 @@ class WorkerSettings(ServiceSettings):
     )
     block_size: int = Field(16, ge=16, le=256, multiple_of=16, description="Tokens of one KV block.")
     num_blocks: int = Field(0, ge=0, description="KV blocks; 0: from the memory that is free.")
+    swap_space: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of host memory for the KV of preempted requests [4 on CUDA, 0.25 on a CPU].",
+    )
     gpu_memory_utilization: float = Field(
         0.9,
         gt=0.0,

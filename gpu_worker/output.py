@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.host_pool import seconds_between
 from gpu_worker.prompt_logprobs import Wanted
 from gpu_worker.runner import StepOutputs
 from gpu_worker.spans import Report
@@ -30,6 +31,8 @@ Events = tuple[torch.cuda.Event, torch.cuda.Event]
 def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepResult:
     """Put a step's values, which the device has delivered, into columns. The times are the caller's."""
     result = worker_pb2.StepResult(epoch=epoch, step_id=step_id)
+    if outputs.swaps is not None:
+        result.swap_us = microseconds(seconds_between(*outputs.swaps))
     if outputs.prompts is not None:
         _add_prompts(result, *outputs.prompts)
     if outputs.found is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from gpu_worker import memory
 from gpu_worker.batch import Padding, Shape
 from gpu_worker.config import WorkerSettings
+from gpu_worker.host_pool import HostPool, host_memory
 from gpu_worker.kv_cache import KVCache, block_bytes
 from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.decoder import Decoder
@@ -28,6 +30,7 @@ LONGEST_DEFAULT = 32_768
 NUM_BUFFERS = 9  # of staging and results: one more than steps may be in flight
 KV_SHARE = 0.25
 KV_CAP_BYTES = 4 << 30
+SWAP_BYTES = {"cpu": 1 << 28, "cuda": 4 << 30}  # where the settings leave it to the device
 # Slots, and tokens of an iteration, where the settings leave it to the device.
 DEFAULT_SIZES = {"cpu": (64, 2048), "cuda": (512, 8192)}
 GRAPH_BYTES = 16 << 20  # what a captured graph itself takes, beside its tensors
@@ -77,10 +80,11 @@ def place_on_cpu(
     _warn_if_short(num_blocks, limits, log)
     if num_blocks < 1:
         raise StartError(f"there is no memory for a single KV block of {size} bytes")
-    limits = replace(limits, num_blocks=num_blocks)
+    swapped = _host_memory(settings, limits, files.config, size, device)
+    limits = replace(limits, num_blocks=num_blocks, num_host_blocks=swapped.shape[1])
     cache = KVCache(files.config, num_blocks, limits.block_size, dtype, device)
-    model = _model(files, cache, dtype, device, limits, log)
-    return limits, Runner(model, cache, Rows(limits, device), limits, NUM_BUFFERS)
+    model, rows = _model(files, cache, dtype, device, limits, log), Rows(limits, device)
+    return limits, Runner(model, cache, rows, limits, NUM_BUFFERS, host=HostPool(cache, swapped))
 
 
 def place_on_cuda(
@@ -97,6 +101,8 @@ def place_on_cuda(
         ModelError: the model cannot be loaded.
     """
     trial = replace(_limits(settings, files.config), num_blocks=1)
+    size = block_bytes(files.config, trial.block_size, dtype)
+    pinning = ThreadPoolExecutor(1).submit(_host_memory, settings, trial, files.config, size, device)
     with _compiled_ahead(files, dtype, trial, device, log) as rehearsal:
         cache = KVCache(files.config, 1, trial.block_size, dtype, device)
         model = _model(files, cache, dtype, device, trial, log)
@@ -107,18 +113,17 @@ def place_on_cuda(
     num_blocks = settings.num_blocks
     try:
         budget, padding = _measure(settings, files, trial, runner, device)
-        num_blocks = memory.num_blocks(
-            budget, block_bytes(files.config, trial.block_size, dtype), _all_slots(trial), 1, num_blocks
-        )
+        num_blocks = memory.num_blocks(budget, size, _all_slots(trial), 1, num_blocks)
     except ValueError as error:
         raise StartError(str(error)) from error
     gib = {name: round(bytes_ / memory.GIB, 2) for name, bytes_ in vars(budget).items() if bytes_ > 1}
     log.info("KV memory chosen", num_blocks=num_blocks, tokens=num_blocks * trial.block_size, gib=gib)
     _warn_if_short(num_blocks, trial, log)
-    limits = replace(trial, num_blocks=num_blocks)
+    swapped = pinning.result()
+    limits = replace(trial, num_blocks=num_blocks, num_host_blocks=swapped.shape[1])
     cache = KVCache(files.config, num_blocks, limits.block_size, dtype, device)
     model.use(cache)
-    runner = Runner(model, cache, rows, limits, NUM_BUFFERS, padding)
+    runner = Runner(model, cache, rows, limits, NUM_BUFFERS, padding, HostPool(cache, swapped))
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
         runner.capture_first()
     torch.cuda.synchronize(device)
@@ -211,6 +216,25 @@ def _model(
         vocab_size=files.vocab_size,
         max_len=limits.max_len,
     )
+
+
+def _host_memory(
+    settings: WorkerSettings, limits: Limits, config: ModelConfig, size: int, device: torch.device
+) -> torch.Tensor:
+    """The host blocks, of `size` bytes each, as a `HostPool` wants them. Raises StartError when they do not
+    fit."""
+    asked = settings.swap_space
+    wanted = (
+        min(SWAP_BYTES[settings.device], _free_bytes() * KV_SHARE) if asked is None else asked * memory.GIB
+    )
+    num_blocks, num_tensors = min(_all_slots(limits), int(wanted) // size), 2 * config.num_layers
+    try:
+        return host_memory(num_tensors, size // num_tensors, num_blocks, device)
+    except (OSError, RuntimeError) as error:
+        gib = num_blocks * size / memory.GIB
+        raise StartError(
+            f"no {gib:.1f} GiB of host memory for swapping: lower --swap-space ({error})"
+        ) from error
 
 
 def _limits(settings: WorkerSettings, config: ModelConfig) -> Limits:

@@ -10,6 +10,7 @@ from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.beams import Beams
 from gpu_worker.grammar import Grammars
 from gpu_worker.graphs import NUM_FIRST, Graphs, Part
+from gpu_worker.host_pool import HostPool, Moment
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
@@ -37,6 +38,8 @@ class StepOutputs:
     """For each beam -1 where it wants none, and what is there for all, on the device."""
     prompts: tuple[Wanted, SampledLogprobs] | None = None
     """Prompt tokens that were to be reported on, and their logprobs, on the device."""
+    swaps: tuple[Moment, Moment] | None = None
+    """When its swaps began and ended."""
 
 
 class Runner:
@@ -56,8 +59,10 @@ class Runner:
         limits: Limits,
         num_buffers: int,
         padding: Padding | None = None,
+        host: HostPool | None = None,
     ) -> None:
         """`num_buffers` is one more than the steps that may be in flight; `padding` asks for graphs."""
+        self._host = host
         self._model, self._cache, self._rows = model, cache, rows
         device = rows.state.tokens.device
         on_device = device.type != "cpu"
@@ -98,7 +103,12 @@ class Runner:
     def run(self, diff: Diff, batch: Batch) -> StepOutputs:
         """Apply a step and run its iterations."""
         outputs = StepOutputs(batch.num_logprobs)
-        self._rows.apply(diff, self._cache.tensors)
+        if self._host is not None and (diff.swap_out or diff.swap_in):
+            begun = self._host.out(diff.swap_out)
+            self._rows.apply(diff, self._cache.tensors)
+            outputs.swaps = begun, self._host.back(diff.swap_in)
+        else:
+            self._rows.apply(diff, self._cache.tensors)
         if not batch.shape.tokens:
             return outputs
         part = Part.LOGITS

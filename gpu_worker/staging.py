@@ -38,6 +38,7 @@ class Limits:
     num_blocks: int
     max_batched_tokens: int
     max_horizon: int
+    num_host_blocks: int = 0
 
     @property
     def table_len(self) -> int:
@@ -45,12 +46,20 @@ class Limits:
         return -(-self.max_len // self.block_size)
 
 
+Pairs = tuple[torch.Tensor, torch.Tensor]
+"""Source and destination blocks, int64."""
+
+
 @dataclass
 class Diff:
-    """What a step changes on the device before its forward, in this order."""
+    """What a step changes on the device before its forward, in this order; but `swap_in` is last."""
 
-    copies: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Source and destination blocks, int64."""
+    swap_out: Pairs | None = None
+    """Device blocks to host blocks."""
+    swap_in: Pairs | None = None
+    """Host blocks to device blocks."""
+    copies: Pairs | None = None
+    """Within the device."""
     changes: Changes | None = None
     """Rows that enter slots, forks included (whose tokens, table and counters come later), and new entries of
     block tables."""
@@ -121,8 +130,10 @@ class Stager:
         self._staging.begin(self._bound(step))
         diff = Diff()
         self._release(step.released_slots)
-        if len(step.copy_src_blocks) or len(step.copy_dst_blocks):
-            diff.copies = self._copies(step)
+        device, host = self._limits.num_blocks, self._limits.num_host_blocks
+        diff.swap_out = self._pairs(step.swap_out_device_blocks, step.swap_out_host_blocks, device, host)
+        diff.copies = self._pairs(step.copy_src_blocks, step.copy_dst_blocks, device, device)
+        diff.swap_in = self._pairs(step.swap_in_host_blocks, step.swap_in_device_blocks, host, device)
         parents: dict[int, int] = {}
         changes: dict[str, int] = {}
         if len(step.new_rows):
@@ -147,6 +158,7 @@ class Stager:
         numbers = sum(len(r.tokens) + len(r.blocks) + len(r.sampling.stop_token_ids) for r in rows)
         numbers += len(rows) * (RECORD_WORDS + 2 * MAX_BIAS + 64)
         blocks = 8 * (len(step.append_slots) + len(step.replace_slots)) + 4 * len(step.copy_src_blocks)
+        blocks += 4 * (len(step.swap_out_host_blocks) + len(step.swap_in_host_blocks))
         # In steps of 64, so that few sizes are ever asked for.
         tokens = max(slots, sum(step.num_tokens))
         batch = self._largest_block(-(-slots // 64) * 64, -(-tokens // 64) * 64)
@@ -162,13 +174,13 @@ class Stager:
             self._rows.check_used(slot)
             self._rows.used[slot] = False
 
-    def _copies(self, step: worker_pb2.Step) -> tuple[torch.Tensor, torch.Tensor]:
-        src, dst = step.copy_src_blocks, step.copy_dst_blocks
+    def _pairs(self, src: Sequence[int], dst: Sequence[int], num_src: int, num_dst: int) -> Pairs | None:
+        """Blocks to copy, of so many that there are on either side; None when there are none to copy."""
         if len(src) != len(dst):
             raise StepError(f"{len(src)} blocks to copy to {len(dst)}")
-        self._check_blocks(src)
-        self._check_blocks(dst)
-        return self._staging.put_long(src), self._staging.put_long(dst)
+        self._check_blocks(src, num_src)
+        self._check_blocks(dst, num_dst)
+        return (self._staging.put_long(src), self._staging.put_long(dst)) if len(src) else None
 
     def _new_rows(
         self, rows: Sequence[worker_pb2.NewRow]
@@ -235,8 +247,8 @@ class Stager:
             raise StepError(f"{len(step.append_slots)} slots to append {len(step.append_blocks)} blocks to")
         if not len(step.replace_slots) == len(step.replace_indexes) == len(step.replace_blocks):
             raise StepError("the columns of replaced blocks differ in length")
-        self._check_blocks(step.append_blocks)
-        self._check_blocks(step.replace_blocks)
+        self._check_blocks(step.append_blocks, self._limits.num_blocks)
+        self._check_blocks(step.replace_blocks, self._limits.num_blocks)
         counts = host.num_blocks
         places: list[int] = []
         for slot, run in groupby(step.append_slots):
@@ -371,9 +383,9 @@ class Stager:
 
     # ---------------------------------------------------------------------------------------- checks
 
-    def _check_blocks(self, blocks: Sequence[int]) -> None:
-        if len(blocks) and max(blocks) >= self._limits.num_blocks:
-            raise StepError(f"block {max(blocks)} does not exist: there are {self._limits.num_blocks}")
+    def _check_blocks(self, blocks: Sequence[int], limit: int) -> None:
+        if len(blocks) and max(blocks) >= limit:
+            raise StepError(f"block {max(blocks)} does not exist: there are {limit}")
 
     def _check_new_row(self, row: worker_pb2.NewRow) -> None:
         limits, num_tokens, num_blocks = self._limits, len(row.tokens), len(row.blocks)
@@ -383,7 +395,7 @@ class Stager:
                 f"new row in slot {row.slot}: {num_tokens} tokens, {row.num_prompt_tokens} of the prompt, "
                 f"{row.num_computed} computed, {num_blocks} blocks, last position {row.last_position}"
             )
-        self._check_blocks(row.blocks)
+        self._check_blocks(row.blocks, limits.num_blocks)
 
     def _check_batch(self, step: worker_pb2.Step, slots: np.ndarray) -> None:
         limits = self._limits

@@ -131,7 +131,7 @@ def _hello(
         block_size=limits.block_size,
         block_bytes=block_bytes(files.config, limits.block_size, dtype),
         num_device_blocks=limits.num_blocks,
-        num_host_blocks=0,
+        num_host_blocks=limits.num_host_blocks,
         max_slots=limits.max_slots,
         max_batched_tokens=limits.max_batched_tokens,
         max_horizon=limits.max_horizon,

@@ -129,13 +129,16 @@ class Service:
             num_waiting=self._core.num_waiting,
             workers=self._engine.snapshot(False, False, 0).workers,
             heard={g.name: g.heard for g in groups},
-            host_blocks={g.name: g.num_host_blocks for g in groups},
             prefix_cache=self._settings.prefix_cache,
             counters=dataclasses.asdict(stats)
             | {
+                "recompute_seconds": stats.recompute_us / 1e6,
+                "swap_seconds": stats.swap_us / 1e6,
                 "requests_cancelled": stats.finished.get("cancelled", 0),
                 "requests_aborted": self._engine.num_aborted,
             },
+            preemptions={"swap": stats.num_swaps, "recompute": stats.num_preemptions - stats.num_swaps},
+            swaps={"blocks": stats.swapped_blocks, "bytes": stats.swapped_bytes},
             finished={finish.name.lower(): 0 for finish in Finish} | stats.finished,
         )
 

@@ -118,6 +118,7 @@ def decode_result(worker: str, result: wire.StepResult, flight: Flight, vocab_si
         device_us=result.device_us,
         idle_us=result.idle_us,
         prompts=_decode_prompts(result, flight) if flight.prompts or result.prompt_rows else (),
+        swap_us=result.swap_us,
         beam_parents=result.beam_parents[:],
         beam_tokens=result.beam_tokens[:],
         beam_scores=result.beam_scores[:],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,9 @@ class SchedulerSettings(ServiceSettings):
     stall_ms: float = Field(
         0.0, ge=0, description="How long prompts may make running streams wait for a step; 0 is no limit."
     )
+    preemption_mode: Literal["auto", "swap", "recompute"] = Field(
+        "auto", description="What becomes of a preempted request's KV; auto: whichever is cheaper."
+    )
     max_waiting: int = Field(4096, ge=1, description="Requests that may wait; more are refused.")
     prefix_cache: bool = Field(True, description="Reuse the KV of prompts that begin alike.")
     record: Path | None = Field(None, description="Write every event and plan to this file, for replay.")
@@ -44,4 +47,5 @@ class SchedulerSettings(ServiceSettings):
             max_batched_tokens=self.max_batched_tokens,
             stall_us=int(self.stall_ms * 1000),
             prefix_cache=self.prefix_cache,
+            preemption_mode=self.preemption_mode,
         )

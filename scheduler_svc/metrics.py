@@ -34,21 +34,25 @@ _PREEMPTIONS = (0, 1, 2, 3, 5, 10, 20, 50)
 
 
 class Reading(msgspec.Struct):
-    """The gauges and counters at one moment. `counters` are by metric name."""
+    """The gauges and counters at one moment. `counters` are by metric name, `swaps` by unit and direction."""
 
     num_running: int = 0
     num_waiting: int = 0
     workers: list[WorkerView] = []
     heard: dict[str, float] = {}  # when, of the monotonic clock, by worker group
-    host_blocks: dict[str, int] = {}  # by worker group
     prefix_cache: bool = True
     counters: dict[str, Any] = {}
+    preemptions: dict[str, int] = {}
+    swaps: dict[str, dict[str, int]] = {}
     finished: dict[str, int] = {}
 
 
 _COUNTERS = {
     "num_preemptions": "Requests preempted.",
     "recomputed_tokens": "Tokens whose KV was computed again after a preemption or a worker's death.",
+    "recompute_seconds": "Device time of that, by the measured rate of long prompts.",
+    "swapped_tokens": "Tokens whose KV went to host memory when their requests were preempted.",
+    "swap_seconds": "Device time of copies to host memory and back.",
     "prompt_tokens": "Prompt tokens of admitted requests.",
     "prompt_tokens_cached": "Prompt tokens that the prefix cache had.",
     "generation_tokens": "Tokens generated.",
@@ -76,6 +80,7 @@ _OF_BLOCKS = (
     ("kv_sharing_ratio", "Blocks saved by sharing over blocks referenced.", "kv_sharing_ratio"),
     ("kv_shared_blocks", "Held blocks that are in several block tables.", "num_shared_blocks"),
     ("kv_lookahead_blocks", "Held blocks for tokens that are not known yet.", "num_lookahead_blocks"),
+    ("num_host_blocks_used", "Blocks of host memory that hold KV.", "num_host_blocks_used"),
 )
 _BLOCK_STATES = ("free", "cached", "held")
 
@@ -177,12 +182,14 @@ class Metrics:
         for name, text in _COUNTERS.items():
             yield self._family(CounterMetricFamily, name, text, [(ENGINE, reading.counters.get(name, 0))])
         # The refusals are a copy, for the loop counts on.
-        for name, label, counts in (
-            ("request_success", "finished_reason", reading.finished),
-            ("admission_rejections", "reason", dict(self._rejections)),
+        for name, what, label, counts in (
+            ("request_success", "Requests", "finished_reason", reading.finished),
+            ("admission_rejections", "Requests", "reason", dict(self._rejections)),
+            *((f"swapped_{what}", f"Swapped {what}", "direction", c) for what, c in reading.swaps.items()),
+            ("preemptions", "Preemptions", "mode", reading.preemptions),
         ):
             by_label = [(ENGINE, value, count) for value, count in counts.items()]
-            yield self._family(CounterMetricFamily, name, f"Requests by {label}.", by_label, label)
+            yield self._family(CounterMetricFamily, name, f"{what} by {label}.", by_label, label)
         for name, text, number in (
             ("num_requests_running", "Requests that hold slots.", reading.num_running),
             ("num_requests_waiting", "Requests in the queue.", reading.num_waiting),
@@ -225,7 +232,7 @@ def _cache_config(worker: WorkerView, reading: Reading) -> dict[str, str]:
     return {
         "block_size": str(worker.block_size),
         "num_gpu_blocks": str(worker.num_blocks),
-        "num_cpu_blocks": str(reading.host_blocks.get(worker.name, 0)),
+        "num_cpu_blocks": str(worker.num_host_blocks),
         "enable_prefix_caching": str(reading.prefix_cache),
         "max_slots": str(worker.max_slots),
     }

@@ -72,7 +72,6 @@ class Group:
         self.inflight: deque[tuple[Flight, float]] = deque()  # with its time of sending
         self.last_result = 0.0
         self.checksums: dict[int, dict[int, int]] = {}  # by step, then rank
-        self.num_host_blocks = 0
 
     @property
     def complete(self) -> bool:
@@ -187,12 +186,11 @@ class WorkerHub:
     def _complete(self, group: Group) -> None:
         hellos = [group.ranks[i].hello for i in range(group.world_size)]
         self._epochs[group.name] = group.epoch = self._epochs.get(group.name, 0) + 1
-        group.num_host_blocks = min(h.num_host_blocks for h in hellos)
         start = wire.SessionStart(
             epoch=group.epoch,
             protocol=PROTOCOL,
             num_device_blocks=min(h.num_device_blocks for h in hellos),
-            num_host_blocks=group.num_host_blocks,
+            num_host_blocks=min(h.num_host_blocks for h in hellos),
             max_slots=min(h.max_slots for h in hellos),
             max_inflight=self._max_inflight,
         )
@@ -216,6 +214,8 @@ class WorkerHub:
             max_batched_tokens=min(h.max_batched_tokens for h in hellos),
             max_horizon=min(h.max_horizon for h in hellos),
             max_inflight=self._max_inflight,
+            num_host_blocks=start.num_host_blocks,
+            block_bytes=hellos[0].block_bytes,
         )
         self._engine.worker_attached(event, served_model(hellos[0]))
 

@@ -48,6 +48,7 @@ def _test(path: str) -> str:
 
 ROWS: tuple[Row, ...] = (
     Row("allocator", "allocator: 200,000 operations", _test("tests/property/test_blocks.py")),
+    Row("groups", "blocks of groups: 500,000 operations", _test("tests/property/test_group_blocks.py")),
     Row("replay", "a record of 500 requests replays", _test("tests/replay")),
     Row("scheduler-cost", "scheduler cost of a step", "python -m benchmarks.scheduler --json {json}"),
     Row("wire", "256 decodes on the wire", _test("tests/unit/scheduler/test_codec.py")),

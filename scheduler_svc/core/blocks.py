@@ -22,8 +22,8 @@ class BlockAllocator:
     """
 
     def __init__(self, num_blocks: int, on_evict: Callable[[int], None]) -> None:
-        if num_blocks <= 0:
-            raise ValueError(f"num_blocks is {num_blocks}, must be above 0")
+        if num_blocks < 0:
+            raise ValueError(f"num_blocks is {num_blocks}, must not be negative")
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()

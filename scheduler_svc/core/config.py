@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -14,4 +16,5 @@ class CoreConfig(msgspec.Struct, frozen=True):
     stall_us: int = 0  # device time of a step that holds prompts beside decodes; 0 is no limit
     prefix_cache: bool = True
     max_slots: int | None = None  # rows at once; a worker may allow fewer
+    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
     watermark: float = 0.01  # share of the blocks that must stay free when a group is admitted

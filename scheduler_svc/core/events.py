@@ -69,6 +69,8 @@ class WorkerAttached(msgspec.Struct, frozen=True, array_like=True, tag="worker_a
     max_batched_tokens: int
     max_horizon: int
     max_inflight: int
+    num_host_blocks: int = 0
+    block_bytes: int = 0  # of one block over all layers
 
 
 class WorkerLost(msgspec.Struct, frozen=True, array_like=True, tag="worker_lost"):
@@ -153,6 +155,7 @@ class StepDone(msgspec.Struct, frozen=True, array_like=True, tag="step_done"):
     device_us: int = 0
     idle_us: int = 0
     prompts: tuple[PromptLogprobs, ...] = ()
+    swap_us: int = 0  # a part of device_us
     beam_parents: list[int] = []
     beam_tokens: list[int] = []
     beam_scores: list[float] = []
@@ -200,6 +203,10 @@ class Plan(msgspec.Struct, array_like=True):
     replace_blocks: list[int]
     slots: list[int]
     num_tokens: list[int]
+    swap_out_device_blocks: list[int] = []
+    swap_out_host_blocks: list[int] = []
+    swap_in_host_blocks: list[int] = []
+    swap_in_device_blocks: list[int] = []
     beam_slots: list[int] = []
     beam_parent_slots: list[int] = []
     beam_tokens: list[int] = []

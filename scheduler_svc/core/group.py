@@ -102,6 +102,11 @@ class Group:
         return sum(s.num_output for s in self.samples)
 
     @property
+    def swapped(self) -> bool:
+        """Its KV is in host blocks."""
+        return any(s.host_blocks for s in self.samples)
+
+    @property
     def alone(self) -> bool:
         """It was there at two deaths in a row without gaining a token: it may be their cause."""
         return self.num_deaths >= 2

@@ -19,6 +19,7 @@ from scheduler_svc.core.preempt import choose_victim
 from scheduler_svc.core.request import NEVER, Sequence
 from scheduler_svc.core.rows import Column
 from scheduler_svc.core.stats import Stats
+from scheduler_svc.core.swap import blocks_to_resume, most_blocks, swap_in, swap_out
 from scheduler_svc.core.worker import Flight, Worker
 
 
@@ -87,6 +88,7 @@ def _tail_copies(worker: Worker) -> int:
 
 
 def _preempt(worker: Worker, group: Group, stats: Stats, now: float) -> None:
+    swap_out(worker, group, stats)
     group.resume_after = worker.remove_group(group)
     group.num_preemptions += 1
     group.pauses.append(("preempted", now))
@@ -309,7 +311,9 @@ class _Step:
         self._new_row(sequence, None)
         group = sequence.group
         if group.num_preemptions or group.num_replays:
-            self.stats.recomputed_tokens += len(sequence.tokens) - len(blocks) * worker.block_size
+            again = len(sequence.tokens) - len(blocks) * worker.block_size
+            self.stats.recomputed_tokens += again
+            self.stats.recompute_us += again * (worker.token_us or worker.least_token_us)
         self._chunk(sequence)
         if group.search is not None and len(group.search.beams) > 1:
             self._gather_beams(group)
@@ -358,9 +362,15 @@ class _Step:
         live = group.live()
         if len(live) > worker.rows.num_free:
             return f"it needs {len(live)} slots, {worker.rows.num_free} are free"
-        hits = worker.hits(live[0])
-        idle_hits = sum(1 for block in hits if not worker.allocator.ref_count(block))
-        need = group.blocks_needed(worker.block_size, [len(s.tokens) for s in live]) - len(hits)
+        if group.swapped:
+            need, idle_hits = blocks_to_resume(worker, group.starters())
+            moved = len(worker.swap_outs) + len(self.plan.swap_in_host_blocks)
+            if moved and moved + need > most_blocks(worker):
+                return "others come back from host memory before it, as many as a step may bring back"
+        else:
+            hits = worker.hits(live[0])
+            idle_hits = sum(1 for block in hits if not worker.allocator.ref_count(block))
+            need = group.blocks_needed(worker.block_size, [len(s.tokens) for s in live]) - len(hits)
         free = worker.allocator.num_free - idle_hits - worker.committed_blocks()
         if worker.running and need + worker.watermark > free:
             return f"it needs {need} blocks and {worker.watermark} to spare, {max(free, 0)} are free"
@@ -373,12 +383,15 @@ class _Step:
             worker.rows.take(sequence)
         worker.running[group.key] = group
         group.state = State.RUNNING
+        if group.pauses:
+            group.pauses.append(("resumed", self.now))
+        if group.swapped:
+            self._swap_in(group)
+            return
         leader, *group.followers = group.starters()
         if group.followers:
             worker.gathering[group.key] = group
         hits = worker.hits(leader)
-        if group.pauses:
-            group.pauses.append(("resumed", self.now))
         if group.first_scheduled is None:
             group.first_scheduled = self.now
             group.cached_tokens = min(len(hits) * worker.block_size, group.num_prompt)
@@ -387,6 +400,20 @@ class _Step:
             stats.prefix_cache_queries += group.num_prompt
             stats.prefix_cache_hits += group.cached_tokens
         self._start(leader, hits)
+
+    def _swap_in(self, group: Group) -> None:
+        """Start the rows of a group whose KV comes back in this step; they take their next tokens at once,
+        but for the beams of a search, which do with the next."""
+        worker, starters = self.worker, group.starters()
+        swap_in(worker, starters, self.plan, self.stats)
+        for sequence in starters:
+            worker.place(sequence, sequence.blocks, len(sequence.tokens) - 1)
+            if worker.use_prefix:
+                sequence.index_at = worker.block_size  # what came back is to be indexed again
+            self._new_row(sequence, None)
+            self._chunk(sequence)
+        if group.search is not None and len(group.search.beams) > 1:
+            self._gather_beams(group)
 
     # ---------------------------------------------------------------------------------------- finish
 
@@ -402,6 +429,11 @@ class _Step:
             # Hits from the next step on: this one's admissions are over.
             worker.index_blocks(sequence, min(int(rows.scheduled[sequence.slot]), len(sequence.tokens)))
         plan.released_slots, worker.released = worker.released, []
+        if worker.swap_outs:
+            plan.swap_out_host_blocks = list(worker.swap_outs)
+            plan.swap_out_device_blocks = list(worker.swap_outs.values())
+            worker.swap_outs = {}
+        self.flight.num_swapped = len(plan.swap_out_host_blocks) + len(plan.swap_in_host_blocks)
         for slot, move in worker.moves.items():
             plan.beam_slots.append(slot)
             plan.beam_parent_slots.append(move.parent)

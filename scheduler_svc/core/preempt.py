@@ -1,7 +1,7 @@
-"""Who gives way when blocks run out: recompute, the least lost work first.
+"""Who gives way when blocks run out, the least lost work first, and what becomes of its KV.
 
-A victim loses its rows and blocks, keeps its tokens, and waits at the place of its arrival. What it
-computed is computed again, but for blocks that the prefix cache still holds.
+A victim loses its rows and blocks, keeps its tokens, and waits at the place of its arrival. Its KV is
+swapped to host memory, or computed again, but for blocks that the prefix cache still holds.
 """
 
 from __future__ import annotations
@@ -9,6 +9,17 @@ from __future__ import annotations
 from scheduler_svc.core.group import Group
 from scheduler_svc.core.request import NO_SLOT
 from scheduler_svc.core.worker import Worker
+
+
+def prefers_swap(worker: Worker, num_blocks: int, num_tokens: int) -> bool:
+    """Whether a victim's `num_blocks` should go to host memory and come back, rather than that the
+    `num_tokens` which would be lost are computed again: whichever takes the device less time, by what was
+    measured, unless told.
+    """
+    if worker.preemption_mode != "auto":
+        return worker.preemption_mode == "swap"
+    token_us = worker.token_us or worker.least_token_us
+    return not token_us or 2 * num_blocks * worker.block_us <= num_tokens * token_us
 
 
 def lost_work(worker: Worker, group: Group) -> int:

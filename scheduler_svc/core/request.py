@@ -18,12 +18,13 @@ class Sequence:
     """One sample: prompt and output tokens, and where it runs.
 
     Tokens are an array, not a list: 4 bytes each and no objects, which is what 4,096 rows ask of a cache.
-    `blocks` is its block table while it runs. `index_at` is the length beyond which its next full
-    block is both computed and confirmed, so that it can be indexed. `hashes` is its chain so far.
+    `blocks` is its block table while it runs, `host_blocks` while it is swapped out. `index_at` is the
+    length beyond which its next full block is both computed and confirmed, so that it can be indexed.
+    `hashes` is its chain so far.
     """
 
     __slots__ = (
-        "blocks", "finish", "group", "handle", "hashes", "index", "index_at", "last_position",
+        "blocks", "finish", "group", "handle", "hashes", "host_blocks", "index", "index_at", "last_position",
         "num_prompt", "session", "slot", "tokens",
     )  # fmt: skip
 
@@ -38,6 +39,7 @@ class Sequence:
         self.finish: Finish | None = None
         self.slot = NO_SLOT
         self.blocks: list[int] = []
+        self.host_blocks: list[int] = []
         self.index_at = NEVER
         self.hashes: list[bytes] = []
 

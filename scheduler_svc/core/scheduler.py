@@ -35,6 +35,7 @@ from scheduler_svc.core.request import NEVER, NO_SLOT, Sequence
 from scheduler_svc.core.router import Router, fits
 from scheduler_svc.core.snapshot import Snapshot, view
 from scheduler_svc.core.stats import Stats
+from scheduler_svc.core.swap import drop_host
 from scheduler_svc.core.worker import Flight, Worker
 
 POISON_DEATHS = 3
@@ -157,6 +158,8 @@ class Scheduler:
     def _end_sample(self, sample: Sequence, reason: Finish) -> None:
         """Free the slot and the blocks of `sample`; a row that is in flight still is discarded."""
         sample.finish = reason
+        if sample.host_blocks:
+            drop_host(self.workers[sample.group.worker], sample)
         if sample.slot != NO_SLOT:
             group = sample.group
             if sample in group.followers:
@@ -224,7 +227,7 @@ class Scheduler:
         survivors = [g for g in worker.running.values() if g.state is not State.ENDED]
         for group in sorted(survivors + worker.queue.take_all(), key=lambda g: g.rank):
             for sample in group.samples:
-                sample.hashes = []
+                sample.hashes, sample.host_blocks = [], []
             self._route(group, now)
 
     # ----------------------------------------------------------------------------------------- steps
@@ -237,7 +240,8 @@ class Scheduler:
         assert flight.step_id == event.step_id, f"step {event.step_id} answered, {flight.step_id} awaited"
         worker.confirmed_step = event.step_id
         if event.device_us:
-            worker.took(flight, event.device_us)
+            worker.took(flight, event.device_us, event.swap_us)
+            self.stats.swap_us += event.swap_us
         for sequence in flight.first:
             if sequence.group.first_token is None:
                 sequence.group.first_token = now
@@ -363,6 +367,9 @@ class Scheduler:
         """Raises AssertionError unless all counts agree; cheap enough for tests, not for every step."""
         for worker in self.workers.values():
             worker.check_integrity()
+            there = [g for g in self.groups.values() if g.worker == worker.name]
+            assert not any(g.swapped for g in there if g.state is State.RUNNING), "a group is in two places"
+            worker.check_host(s.host_blocks for g in there for s in g.samples)
         waiting = [g for g in self.groups.values() if g.state is State.WAITING]
         assert len(waiting) == self.num_waiting, "a queue lost a request"
         running = [g for g in self.groups.values() if g.state is State.RUNNING]

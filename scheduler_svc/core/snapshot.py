@@ -13,7 +13,7 @@ from scheduler_svc.core.worker import Worker
 if TYPE_CHECKING:
     from scheduler_svc.core.scheduler import Scheduler
 
-WAITING, PREFILL, DECODE, PREEMPTED = 1, 2, 3, 4  # values of `pagoda.v1.RequestState`
+WAITING, PREFILL, DECODE, PREEMPTED, SWAPPED = 1, 2, 3, 4, 5  # values of `pagoda.v1.RequestState`
 
 
 class SampleView(msgspec.Struct):
@@ -62,6 +62,8 @@ class WorkerView(msgspec.Struct):
     kv_sharing_ratio: float
     num_shared_blocks: int
     num_lookahead_blocks: int
+    num_host_blocks: int
+    num_host_blocks_used: int
 
     @property
     def num_held_blocks(self) -> int:
@@ -77,6 +79,8 @@ class Snapshot(msgspec.Struct):
     generation_tokens: int
     prompt_tokens: int
     num_preemptions: int
+    swapped_tokens: int
+    recomputed_tokens: int
     workers: list[WorkerView]
     requests: list[RequestView]
 
@@ -91,6 +95,8 @@ def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests
         generation_tokens=core.stats.generation_tokens,
         prompt_tokens=core.stats.prompt_tokens,
         num_preemptions=core.stats.num_preemptions,
+        swapped_tokens=core.stats.swapped_tokens,
+        recomputed_tokens=core.stats.recomputed_tokens,
         workers=[_worker(w, blocks) for w in core.workers.values()],
         requests=[_request(core, g, now, blocks, ahead) for g in sorted(listed, key=lambda g: g.rank)],
     )
@@ -117,6 +123,8 @@ def _worker(worker: Worker, blocks: bool) -> WorkerView:
         kv_sharing_ratio=1 - memory.held / memory.references if memory.references else 0.0,
         num_shared_blocks=allocator.num_shared,
         num_lookahead_blocks=memory.lookahead,
+        num_host_blocks=worker.host.num_blocks,
+        num_host_blocks_used=worker.host.num_blocks - worker.host.num_free,
     )
 
 
@@ -124,7 +132,7 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
     worker = core.workers.get(group.worker)
     why = ""
     if group.state is State.WAITING:
-        state = PREEMPTED if group.num_preemptions else WAITING
+        state = SWAPPED if group.swapped else PREEMPTED if group.num_preemptions else WAITING
         position = ahead.get(group.worker, 0)
         ahead[group.worker] = position + 1
         why = _why(worker, position)

@@ -10,7 +10,13 @@ class Stats:
     """Counts since the start of the core. Tokens unless the name says otherwise."""
 
     num_preemptions: int = 0  # groups
+    num_swaps: int = 0  # groups whose KV was kept in host memory when they were preempted
+    swapped_tokens: int = 0  # whose KV went to host memory
+    swapped_blocks: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    swapped_bytes: dict[str, int] = field(default_factory=lambda: {"out": 0, "in": 0})
+    swap_us: int = 0  # device time of all swaps
     recomputed_tokens: int = 0  # whose KV had been computed before
+    recompute_us: float = 0.0  # device time of that, by the rate of long steps
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     prompt_tokens: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Flight:
     searches: list[Group] = field(default_factory=list)  # that get candidates
     num_tokens: int = 0  # of one iteration
     only_decodes: bool = True
+    num_swapped: int = 0  # blocks, out and in
 
 
 class Move(NamedTuple):
@@ -41,6 +43,8 @@ class Move(NamedTuple):
 
 # From so many tokens on a step's time goes by their number; of fewer each would take longer.
 BUSY_TOKENS = 1024
+# What a swap is taken to move before any was measured: 10 GB/s.
+SWAP_BYTES_PER_US = 10_000
 
 
 class Memory(NamedTuple):
@@ -66,9 +70,13 @@ class Worker:
         self.max_horizon = event.max_horizon
         self.depth = min(config.max_inflight, event.max_inflight)
         self.use_prefix = config.prefix_cache
+        self.preemption_mode = config.preemption_mode
         self.watermark = max(1, int(config.watermark * event.num_blocks))
         self.index = PrefixIndex(event.num_blocks)
         self.allocator = BlockAllocator(event.num_blocks, self.index.forget)
+        # Host blocks are held or free: none is kept, so none is evicted.
+        self.host = BlockAllocator(event.num_host_blocks, self.index.forget)
+        self.swap_outs: dict[int, int] = {}  # device block by host block, for the next plan
         self.rows = Rows(slots)
         self.queue = WaitingQueue(event.worker)
         self.running: dict[int, Group] = {}  # by key, in the order of admission
@@ -82,15 +90,24 @@ class Worker:
         self.confirmed_step = -1
         self.iteration_us = 0.0  # moving average over steps of decodes
         self.token_us = 0.0  # the same for each token of steps that are long enough to tell
+        self.least_token_us = 0.0  # of any step with prompts, for as long as there was none of those
+        self.block_bytes = event.block_bytes
+        self.block_us = event.block_bytes / SWAP_BYTES_PER_US  # moving average of swapping one block
         self.horizon = 1
         self.blocked = ""  # why the head of the queue is not admitted
 
     # --------------------------------------------------------------------------------------- times
 
-    def took(self, flight: Flight, device_us: int) -> None:
-        """Learn from the time that a step took on the device."""
+    def took(self, flight: Flight, device_us: int, swap_us: int) -> None:
+        """Learn from the time that a step took on the device, and its swaps of that."""
+        if swap_us and flight.num_swapped:
+            self.block_us = _average(self.block_us, swap_us / flight.num_swapped)
+            device_us = max(0, device_us - swap_us)
         if flight.only_decodes:
             self.iteration_us = _average(self.iteration_us, device_us / flight.num_iterations)
+        elif flight.num_tokens:
+            token_us = device_us / flight.num_tokens
+            self.least_token_us = min(token_us, self.least_token_us or token_us)
         if flight.num_tokens >= BUSY_TOKENS:
             self.token_us = _average(self.token_us, device_us / (flight.num_tokens * flight.num_iterations))
 
@@ -263,6 +280,11 @@ class Worker:
                     refs[block] += 1
         assert used + self.rows.num_free == self.rows.max_slots, "slots were lost"
         self.allocator.check_integrity(refs)
+
+    def check_host(self, tables: Iterable[list[int]]) -> None:
+        """Raises AssertionError unless `tables`, of all that is swapped out, account for every host block."""
+        held = Counter(block for table in tables for block in table)
+        self.host.check_integrity([held[block] for block in range(self.host.num_blocks)])
 
 
 def _average(known: float, new: float) -> float:

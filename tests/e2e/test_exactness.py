@@ -42,6 +42,7 @@ class Facts:
 
     cached_tokens: int
     preemptions: int
+    swapped_tokens: int
     most_tokens: int
     """Of one iteration."""
     most_inflight: int
@@ -61,11 +62,18 @@ class Setting:
 CHUNKS = ("--max-batched-tokens", "60")
 FAR = ("--horizon-ms", "100000")
 FOUR = ("--max-horizon", "4", *ROOMY)
+SWAP, RECOMPUTE = ("--preemption-mode", "swap"), ("--preemption-mode", "recompute")
 EACH_ALONE = [
     Setting("prefix cache on", lambda facts: facts.cached_tokens > 0),
     Setting("prefix cache off", lambda facts: facts.cached_tokens == 0, ("--no-prefix-cache",)),
     Setting("60-token chunks", lambda facts: facts.most_tokens == 60, CHUNKS),
-    Setting("preemptions", lambda facts: facts.preemptions > 20, worker=TIGHT),
+    Setting("swaps", lambda facts: facts.preemptions > 20 and facts.swapped_tokens > 0, SWAP, worker=TIGHT),
+    Setting(
+        "recomputation",
+        lambda facts: facts.preemptions > 20 and not facts.swapped_tokens,
+        RECOMPUTE,
+        worker=TIGHT,
+    ),
     Setting("D = 1", lambda facts: facts.most_inflight == 1, ("--max-inflight", "1")),
     Setting("D = 2", lambda facts: facts.most_inflight == 2, ("--max-inflight", "2")),
     Setting("D = 3", lambda facts: facts.most_inflight == 3, ("--max-inflight", "3")),
@@ -84,7 +92,7 @@ IN_FEW_RUNS = [
         lambda f: f.most_tokens == 60 and f.most_inflight == 1,
         (*CHUNKS, "--max-inflight", "1"),
     ),
-    Setting("preemptions", lambda f: f.preemptions > 0, worker=TIGHT),
+    Setting("preemptions", lambda f: f.preemptions > 0 and not f.swapped_tokens, RECOMPUTE, worker=TIGHT),
     Setting("m = 4", lambda f: f.most_iterations == 4, FAR, FOUR),
 ]
 
@@ -112,11 +120,12 @@ def test_no_setting_changes_a_token(setting: Setting, tmp_path: Path) -> None:
         worker_args=setting.worker,
     ) as running:
         got = run(running.scheduler.address, cases, AT_ONCE)
-        num_preemptions = running.snapshot().num_preemptions
+        now = running.snapshot()
     plans = read_record(recorded)
     facts = Facts(
         cached_tokens=got.cached_tokens,
-        preemptions=num_preemptions,
+        preemptions=now.num_preemptions,
+        swapped_tokens=now.swapped_tokens,
         most_tokens=plans.most_tokens,
         most_inflight=plans.most_inflight,
         most_iterations=max(plans.horizons),

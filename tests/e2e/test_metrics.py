@@ -49,7 +49,14 @@ PLAIN: list[tuple[str, str, str, set[str]]] = [
     (SCHEDULER, "worker_last_heard_seconds", "gauge", {"engine"}),
     (SCHEDULER, "cache_config_info", "gauge", {"engine", "block_size", "num_gpu_blocks"}),
     (SCHEDULER, "num_preemptions", "counter", {"engine"}),
+    (SCHEDULER, "preemptions", "counter", {"engine", "mode"}),
     (SCHEDULER, "recomputed_tokens", "counter", {"engine"}),
+    (SCHEDULER, "recompute_seconds", "counter", {"engine"}),
+    (SCHEDULER, "swapped_tokens", "counter", {"engine"}),
+    (SCHEDULER, "swapped_blocks", "counter", {"engine", "direction"}),
+    (SCHEDULER, "swapped_bytes", "counter", {"engine", "direction"}),
+    (SCHEDULER, "swap_seconds", "counter", {"engine"}),
+    (SCHEDULER, "num_host_blocks_used", "gauge", {"engine"}),
     (SCHEDULER, "prompt_tokens", "counter", {"engine"}),
     (SCHEDULER, "prompt_tokens_cached", "counter", {"engine"}),
     (SCHEDULER, "generation_tokens", "counter", {"engine"}),
@@ -239,7 +246,13 @@ def test_the_scheduler_counts_what_was_sent(seen: Seen) -> None:
     assert seen.num_preemptions > 0
     assert seen.total(SCHEDULER, "num_preemptions_total") == seen.num_preemptions
     assert seen.total(SCHEDULER, "request_num_preemptions_sum") == seen.num_preemptions
-    assert seen.total(SCHEDULER, "recomputed_tokens_total") > 0
+    assert seen.total(SCHEDULER, "preemptions_total") == seen.num_preemptions
+    # A CPU copies a block much faster than it computes one, so that what was computed goes to host memory.
+    assert (
+        seen.total(SCHEDULER, "swapped_tokens_total") > 0 and seen.total(SCHEDULER, "swap_seconds_total") > 0
+    )
+    out, back = (seen.total(SCHEDULER, "swapped_blocks_total", direction=d) for d in ("out", "in"))
+    assert out >= back > 0 == seen.total(SCHEDULER, "num_host_blocks_used")
     assert seen.total(SCHEDULER, "requests_cancelled_total") == 1
     assert seen.total(SCHEDULER, "admission_rejections_total", reason="invalid_request") == 2
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):

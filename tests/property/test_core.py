@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,7 @@ class World:
             block_size=self.sizes["block_size"], max_slots=self.sizes["slots"],
             max_model_len=self.sizes.get("context", 200),
             max_batched_tokens=self.sizes["budget"], max_horizon=self.sizes.get("horizon", 4), max_inflight=3,
+            num_host_blocks=self.sizes.get("host", 0), block_bytes=self.sizes.get("block_bytes", 1),
         )  # fmt: skip
         self.devices[name], self.answers[name] = ModelDevice(event, holds=self.holds), deque()
         self.apply(event)
@@ -160,6 +162,7 @@ class World:
         for worker in self.core.workers.values():
             assert worker.allocator.num_free == worker.allocator.num_blocks, "blocks leaked"
             assert worker.rows.num_free == worker.rows.max_slots, "slots leaked"
+            assert worker.host.num_free == worker.host.num_blocks, "host blocks leaked"
 
 
 def random_prompt(world: World, shared: list[list[int]]) -> list[int]:
@@ -219,15 +222,20 @@ def run_world(
     budget=st.sampled_from((17, 60, 500)),
     workers=st.sampled_from((1, 1, 2)),
     holds=st.booleans(),
+    host=st.sampled_from((0, 5, 12, 100)),
+    block_bytes=st.sampled_from((1, 1 << 20, 1 << 30)),
+    mode=st.sampled_from(("auto", "swap", "recompute")),
 )
 def test_every_request_gets_its_tokens(
     seed: int, depth: int, horizon: int, prefix: bool, blocks: int, block_size: int, slots: int, budget: int,
-    workers: int, holds: bool,
+    workers: int, holds: bool, host: int, block_bytes: int, mode: Literal["auto", "swap", "recompute"],
 ) -> None:  # fmt: skip
     config = CoreConfig(
-        max_inflight=depth, horizon_us=horizon, prefix_cache=prefix, max_batched_tokens=budget
-    )
+        max_inflight=depth, horizon_us=horizon, prefix_cache=prefix, max_batched_tokens=budget,
+        preemption_mode=mode,
+    )  # fmt: skip
     sizes = {"blocks": blocks, "block_size": block_size, "slots": slots, "budget": budget}
+    sizes |= {"host": host, "block_bytes": block_bytes}
     run_world(seed, 600, config, workers, holds=holds, **sizes)
 
 
@@ -238,6 +246,19 @@ def test_small_cache_preempts() -> None:
         world = run_world(seed, 800, CoreConfig(), deaths=False, blocks=24, block_size=4, slots=8, budget=60)
         total += world.core.stats.num_preemptions
     assert total > 20
+
+
+def test_small_cache_swaps() -> None:
+    """Nor without swaps, of groups of samples too, and with workers that die while they are out."""
+    num_swaps = num_back = 0
+    for seed in range(20):
+        config = CoreConfig(preemption_mode="swap", prefix_cache=seed % 4 > 0)
+        world = run_world(
+            seed, 800, config, deaths=seed % 2 == 0, blocks=24, block_size=4, slots=8, budget=60, host=40
+        )
+        num_swaps += world.core.stats.num_swaps
+        num_back += world.core.stats.swapped_blocks["in"]
+    assert num_swaps > 60 and num_back > 300
 
 
 def test_resume_continues_where_the_caller_was() -> None:

@@ -109,7 +109,8 @@ def assert_idle(address: str) -> None:
     def idle() -> bool:
         now = snapshot(address)
         return not (now.num_running or now.num_waiting) and all(
-            w.num_free_blocks + w.num_cached_blocks == w.num_blocks and not w.num_slots_used
+            w.num_free_blocks + w.num_cached_blocks == w.num_blocks
+            and not (w.num_slots_used or w.num_host_blocks_used)
             for w in now.workers
         )
 

@@ -78,7 +78,10 @@ class ModelDevice:
     attached: WorkerAttached
     rows: dict[int, Row] = field(default_factory=dict)
     cells: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    host: dict[int, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    """What host blocks hold; a block that came back holds nothing any more."""
     next_step: int = 0
+    swap_block_us: int = 10
     holds: random.Random | None = None
     """Lets rows that decode sit iterations out, as rows of grammars may."""
     batch: list[int] = field(default_factory=list)
@@ -133,6 +136,7 @@ class ModelDevice:
             num_sampled=[] if full else sampled, ended_rows=list(ended),
             ended_reasons=[int(r) for r in ended.values()], device_us=1000 * plan.num_iterations,
             prompts=tuple(prompts), **self._candidates(plan),
+            swap_us=self.swap_block_us * (len(plan.swap_out_host_blocks) + len(plan.swap_in_host_blocks)),
         )  # fmt: skip
 
     def _candidates(self, plan: Plan) -> dict[str, Any]:
@@ -165,6 +169,7 @@ class ModelDevice:
         return columns | {"beam_tops": tuple(tops)}
 
     def _apply_diffs(self, plan: Plan) -> None:
+        self._swap_out(plan)
         for slot in plan.released_slots:
             del self.rows[slot]
         assert not set(plan.copy_src_blocks) & set(plan.copy_dst_blocks), "a block is source and destination"
@@ -173,6 +178,7 @@ class ModelDevice:
                 self.cells.pop((target, i), None)
                 if (source, i) in self.cells:
                     self.cells[target, i] = self.cells[source, i]
+        self._swap_in(plan)
         for new in plan.new_rows:
             assert new.slot not in self.rows, "a row was put into a slot that is taken"
             self.rows[new.slot] = Row(
@@ -186,6 +192,27 @@ class ModelDevice:
             self.rows[slot].blocks.append(block)
         for slot, i, block in zip(plan.replace_slots, plan.replace_indexes, plan.replace_blocks, strict=True):
             self.rows[slot].blocks[i] = block
+
+    def _swap_out(self, plan: Plan) -> None:
+        targets = plan.swap_out_host_blocks
+        assert len(set(targets)) == len(targets), "a host block is a destination twice"
+        size = self.attached.block_size
+        for source, target in zip(plan.swap_out_device_blocks, targets, strict=True):
+            assert 0 <= target < self.attached.num_host_blocks, "no such host block"
+            self.host[target] = [self.cells.get((source, i)) for i in range(size)]
+            assert self.host[target][0] is not None, "a block that was never written goes to host memory"
+
+    def _swap_in(self, plan: Plan) -> None:
+        """Whoever attends to a block with what another group left in its host block will notice."""
+        targets = plan.swap_in_device_blocks
+        assert len(set(targets)) == len(targets), "a block is a destination twice"
+        for source, target in zip(plan.swap_in_host_blocks, targets, strict=True):
+            for i, cell in enumerate(self.host[source]):
+                self.cells.pop((target, i), None)
+                if cell is not None:
+                    self.cells[target, i] = cell
+        for source in plan.swap_in_host_blocks:
+            self.host.pop(source, None)  # the last block of several rows comes back several times
 
     def _move(self, plan: Plan) -> None:
         before = {slot: self.rows[slot] for slot in plan.beam_parent_slots}

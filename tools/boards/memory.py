@@ -112,7 +112,14 @@ def prefixes() -> list[Panel]:
             "KV caches",
             "What each worker set aside when it started.",
             Query(select("cache_config_info", WORKER), ""),
-            ["engine", "block_size", "num_gpu_blocks", "max_slots", "enable_prefix_caching"],
+            [
+                "engine",
+                "block_size",
+                "num_gpu_blocks",
+                "num_cpu_blocks",
+                "max_slots",
+                "enable_prefix_caching",
+            ],
         ),
     ]
 
@@ -123,15 +130,18 @@ def shortage() -> list[Panel]:
         row("When memory is short"),
         lines(
             "Preemptions per second",
-            "Requests that lose their blocks to others, and start again from their tokens.",
-            [Query(rate("num_preemptions_total"), "preemptions")],
+            "Requests that lose their blocks to others. swap: their KV goes to host memory, else it is lost.",
+            [Query(rate("preemptions_total", "mode"), "{{mode}}")],
             "short",
             width=6,
         ),
         lines(
-            "Tokens computed again",
-            "Tokens a second whose KV was there before a preemption or a worker's death.",
-            [Query(rate("recomputed_tokens_total"), "recomputed")],
+            "Tokens swapped and computed again",
+            "Tokens a second whose KV goes to host memory; whose KV was lost with their blocks or a worker.",
+            [
+                Query(rate("swapped_tokens_total"), "swapped"),
+                Query(rate("recomputed_tokens_total"), "recomputed"),
+            ],
             "short",
             width=6,
         ),

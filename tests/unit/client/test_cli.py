@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -323,8 +324,11 @@ def test_bench_without_a_success_says_why() -> None:
 def snapshot(server: ScriptedServer, unix_us: int, generated: int) -> None:
     shot = spb.Snapshot(unix_us=unix_us, num_waiting=1, num_running=2, generation_tokens=generated)
     shot.model.name = "m"
-    shot.workers.add(name="worker-0", device="cpu", num_blocks=10, num_free_blocks=5, num_cached_blocks=2)
+    blocks = dict(num_blocks=10, num_free_blocks=5, num_cached_blocks=2, num_host_blocks=7)
+    shot.workers.add(name="worker-0", device="cpu", num_host_blocks_used=4, **blocks)
     shot.requests.add(request_id="[red]r-1", state=spb.REQUEST_STATE_DECODE, worker="worker-0")
+    shot.requests.add(request_id="r-3", state=spb.REQUEST_STATE_SWAPPED, worker="worker-0")
+    shot.swapped_tokens, shot.recomputed_tokens = 1234, 56
     shot.requests.add(request_id="r-2", state=spb.REQUEST_STATE_WAITING, why_not_running="no free blocks")
     server.control.snapshots.append(shot)
 
@@ -336,6 +340,9 @@ def test_top_once_shows_workers_requests_and_reasons() -> None:
     assert done.exit_code == 0, done.stderr
     for part in ("waiting 1", "running 2", "worker-0", "3/10", "[red]r-1", "decode", "no free"):
         assert part in done.stdout
+    for part in ("4/7", "swapped 1,234", "recomputed 56"):
+        assert part in done.stdout
+    assert re.search(r"^ *r-3 +swapped ", done.stdout, re.MULTILINE)
 
 
 def test_top_computes_rates_between_two_looks() -> None:

@@ -342,7 +342,8 @@ def test_the_flags_that_we_pass_on_are_ones_that_the_services_have() -> None:
         *("served_model_name", "processes", "max_inflight", "horizon_ms", "max_batched_tokens"),
         *("max_waiting", "record", "block_size", "num_blocks", "gpu_memory_utilization", "max_slots"),
         *("max_model_len", "threads", "config", "log_level", "metrics_alias", "model", "device", "dtype"),
-        *("otlp_traces_endpoint", "tool_call_parser", "stall_ms", "model_impl"),
+        *("otlp_traces_endpoint", "tool_call_parser", "stall_ms", "model_impl", "swap_space"),
+        "preemption_mode",
     )
     given: dict[str, Any] = dict.fromkeys(names, "1")
     ports = {name: 1 for name in ("http_port", "grpc_port", "scheduler_port", "metrics_port", "workers")}

@@ -213,10 +213,29 @@ def test_copy_blocks() -> None:
     there = pool.to(device(), copy=True)
     src, dst = torch.tensor([1, 4, 4]), torch.tensor([0, 7, 9])
     copy_blocks_reference(list(pool), src, dst)
-    cuda_blocks.copy_blocks(list(there), src.to(device()), dst.to(device()))
+    cuda_blocks.copy_blocks(list(there), src.to(device()), dst.to(device()), list(there))
     torch.testing.assert_close(there.cpu(), pool, rtol=0, atol=0)
     with pytest.raises(ValueError, match="one pool"):
-        cuda_blocks.copy_blocks([pool[0], pool[3], pool[4]], src, dst)
+        cuda_blocks.copy_blocks([pool[0], pool[3], pool[4]], src, dst, list(pool[:3]))
+
+
+def test_blocks_go_to_host_memory_and_back() -> None:
+    """The host's pool has other blocks, and on a GPU the kernel reads and writes it where it is."""
+    torch.manual_seed(0)
+    pool = torch.randn(6, 10, 3 * 16 * 8).view(torch.uint8)
+    there = pool.to(device(), copy=True)
+    host = torch.zeros(6, 4, pool.shape[2], dtype=torch.uint8, pin_memory=device() == "cuda")
+    blocks, places = torch.tensor([9, 2, 5]).to(device()), torch.tensor([3, 0, 1]).to(device())
+    cuda_blocks.copy_blocks(list(there), blocks, places, list(host))
+    expected = torch.zeros_like(host)
+    copy_blocks_reference(list(pool), blocks.cpu(), places.cpu(), list(expected))
+    if device() == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(host, expected) and torch.equal(host[:, 3], pool[:, 9])
+    there.zero_()
+    cuda_blocks.copy_blocks(list(host), places, blocks, list(there))
+    assert torch.equal(there[:, [9, 2, 5]].cpu(), pool[:, [9, 2, 5]])
+    assert not there[:, [0, 1, 3, 4, 6, 7, 8]].any()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -248,7 +267,7 @@ def test_they_compile(arch: int) -> None:
             [i64, i32, u8, i32, i32, i32, i32, i32, i32, i32, i32, u8, "i32", "i32", "i32"],
             {"STOPS": cuda_rows.STOPS, "BLOCK": cuda_rows.ACCEPT_BLOCK},
         ),
-        cuda_blocks._copy_blocks_kernel: ([i64, i64, i64, "i32", "i32"], {"WORDS": cuda_blocks.WORDS}),
+        cuda_blocks._copy_blocks_kernel: ([*[i64] * 4, *["i32"] * 3], {"WORDS": cuda_blocks.WORDS}),
     }
     for kernel, (types, constants) in cases.items():
         names = [name for name in kernel.arg_names if name not in constants]

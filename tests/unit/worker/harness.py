@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from gpu_worker.batch import Padding
+from gpu_worker.host_pool import HostPool, host_memory
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import open_model
@@ -135,7 +136,9 @@ class Device:
         self.rows = Rows(self.limits, place)
         self.stager = Stager(self.limits, place, NUM_BUFFERS, padding)
         graphs = padding if place.type == "cuda" else None
-        self.runner = Runner(self.model, self.cache, self.rows, self.limits, NUM_BUFFERS, graphs)
+        swapped = host_memory(*self.cache.pool.shape[::2], self.limits.num_host_blocks, place)
+        host = HostPool(self.cache, swapped)
+        self.runner = Runner(self.model, self.cache, self.rows, self.limits, NUM_BUFFERS, graphs, host)
         self.logits: list[torch.Tensor] = []
         draw = self.runner._draw
 

@@ -66,7 +66,7 @@ def test_a_worker_attaches_answers_and_ends(hub, start, tiny):
     assert (hello.protocol_min, hello.protocol_max) == (1, 1)
     assert (hello.model_name, hello.group_name, hello.rank, hello.world_size) == ("tiny", "g1", 0, 1)
     assert (hello.vocab_size, hello.max_model_len, hello.max_slots) == (200, 128, 5)
-    assert (hello.block_size, hello.num_device_blocks, hello.num_host_blocks) == (16, 64, 0)
+    assert (hello.block_size, hello.num_device_blocks, hello.num_host_blocks) == (16, 64, 40)
     assert hello.block_bytes == 2 * 3 * 16 * 2 * 16 * 4
     assert (hello.max_batched_tokens, hello.max_horizon) == (2048, 16)
     assert hello.dtype == "float32" and hello.device.startswith("cpu")
@@ -82,6 +82,15 @@ def test_a_worker_attaches_answers_and_ends(hub, start, tiny):
     process.send_signal(signal.SIGTERM)
     session.ended.get(timeout=WAIT_S)
     assert end(process)[0] == 0
+
+
+@pytest.mark.parametrize(("space", "blocks"), [("0", 0), ("0.0001", 8), ("1", 40)])
+def test_swap_space(hub, start, tiny, space, blocks):
+    """In GiB; never more than what all slots could fill."""
+    flags = ("--dtype", "float32", "--max-model-len", "128", "--metrics-port", "0", "--max-slots", "5")
+    start("--scheduler", hub.address, "--model", str(tiny("llama")[1]), *flags, "--swap-space", space)
+    hello = hub.next_session().hello
+    assert hello.num_host_blocks == blocks == min(40, int(float(space) * 2**30) // hello.block_bytes)
 
 
 def test_refusal_ends_with_78(hub, start, tiny):
@@ -135,6 +144,7 @@ def free_port() -> int:
         (["--model", "MODEL", "--device", "cuda"], 78, "no CUDA device"),
         (["--model", "MODEL", "--block-size", "20"], 2, "--block-size"),
         (["--model", "MODEL", "--max-slots", "5000"], 2, "--max-slots"),
+        (["--model", "MODEL", "--swap-space", "-1"], 2, "--swap-space"),
     ],
 )
 def test_what_cannot_start(start, tiny, flags, code, said):

@@ -75,6 +75,10 @@ def serve(
         Decimal,
         typer.Option(help="How long prompts may make running streams wait for a step; 0 is no limit."),
     ] = None,
+    preemption_mode: Annotated[
+        Text, typer.Option(help="What becomes of a preempted request's KV: auto, swap or recompute.")
+    ] = None,
+    swap_space: Annotated[Decimal, typer.Option(help="GiB of host memory for preempted KV; 0: none.")] = None,
     max_batched_tokens: Annotated[
         Number, typer.Option(help="Token budget of one iteration, for scheduler and workers.")
     ] = None,
@@ -138,10 +142,10 @@ def _spec(given: dict[str, Any]) -> Any:
         common_args=flags("config", "log_level", "metrics_alias", "otlp_traces_endpoint")
         + (("--insecure",) if given["insecure"] else ()),
         scheduler_args=flags("max_inflight", "horizon_ms", "stall_ms", "max_batched_tokens", "max_waiting")
-        + flags("record")
+        + flags("preemption_mode", "record")
         + {None: (), True: ("--prefix-cache",), False: ("--no-prefix-cache",)}[given["prefix_cache"]],
         worker_args=flags("served_model_name", "model_impl", "max_batched_tokens", "block_size", "num_blocks")
-        + flags("gpu_memory_utilization", "max_slots", "max_model_len", "threads"),
+        + flags("swap_space", "gpu_memory_utilization", "max_slots", "max_model_len", "threads"),
         gateway_args=flags("served_model_name", "processes", "tool_call_parser"),
     )
 

@@ -23,6 +23,7 @@ _STATES = {
     spb.REQUEST_STATE_PREFILL: "prefill",
     spb.REQUEST_STATE_DECODE: "decode",
     spb.REQUEST_STATE_PREEMPTED: "preempted",
+    spb.REQUEST_STATE_SWAPPED: "swapped",
 }
 
 
@@ -67,7 +68,8 @@ def _totals(now: spb.Snapshot, before: spb.Snapshot | None) -> Text:
     name = now.model.name or "no model yet"
     return Text(
         f"{name}   waiting {now.num_waiting}   running {now.num_running}   gateways {now.num_sessions}   "
-        f"preemptions {now.num_preemptions}{rates}"
+        f"preemptions {now.num_preemptions}   swapped {now.swapped_tokens:,}   "
+        f"recomputed {now.recomputed_tokens:,}{rates}"
     )
 
 
@@ -82,7 +84,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _workers(now: spb.Snapshot) -> Table:
-    blocks = (">blocks", ">cached", ">free", ">shared", ">saved", ">ahead", ">waste")
+    blocks = (">blocks", ">cached", ">free", ">shared", ">saved", ">ahead", ">waste", ">host")
     table = _table("workers", "worker", ">slots", *blocks, ">m", ">step ms", "device...")
     for worker in now.workers:
         used = worker.num_blocks - worker.num_free_blocks - worker.num_cached_blocks
@@ -96,6 +98,7 @@ def _workers(now: spb.Snapshot) -> Table:
             f"{worker.kv_sharing_ratio:.1%}",
             str(worker.num_lookahead_blocks),
             f"{worker.kv_waste_ratio:.1%}",
+            f"{worker.num_host_blocks_used}/{worker.num_host_blocks}",
             str(worker.horizon),
             f"{worker.step_us / 1000:.2f}",
             worker.device,
