@@ -185,6 +185,7 @@ class Bench:
                 turn = number % len(ways)
                 for way in ways[turn:] + ways[:turn]:
                     row = self.run(way, mix, requests)
+                    self.say(f"{mix}, {way}: {row['tokens_per_s']:.1f} tokens/s, {row['seconds']:.2f} s")
                     if number >= 0:
                         self.rows.append({"round": number, **row})
             self.say("warm" if number < 0 else f"round {number + 1} of {self.options.repeat}")
