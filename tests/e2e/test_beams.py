@@ -89,19 +89,20 @@ def test_searches_equal_transformers(reference: Reference, tmp_path: Path) -> No
     assert direct[-1].usage.completion_tokens == sum(len(answer.token_ids) for answer in direct)
 
 
-@pytest.mark.parametrize("mode", ["recompute"])
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
 def test_searches_that_are_preempted(widest: Reference, mode: str) -> None:
     """The cache holds few searches, and eight are under way."""
     cases, wants = widest
     with cluster(
         model=str(model_folder()),
-        scheduler_args=("--max-batched-tokens", "60"),
+        scheduler_args=("--max-batched-tokens", "60", "--preemption-mode", mode),
         worker_args=("--num-blocks", scaled("28", "56")),
     ) as running:
         got = run(running.scheduler.address, cases, AT_ONCE)
-        preemptions = running.snapshot().num_preemptions
-    assert preemptions > 0
-    note(f"preempted, {mode}", cases, got, wants, preemptions=preemptions)
+        now = running.snapshot()
+    assert now.num_preemptions > 0 and (now.swapped_tokens > 0) == (mode == "swap")
+    facts = {"preemptions": now.num_preemptions, "swapped": now.swapped_tokens}
+    note(f"preempted, {mode}", cases, got, wants, **facts)
 
 
 def test_searches_whose_worker_dies(widest: Reference, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -173,23 +173,31 @@ def run_world(seed: int, steps: int, config: CoreConfig, **sizes: int) -> BeamWo
     block_size=st.sampled_from((4, 8, 16)),
     slots=st.sampled_from((8, 20)),
     budget=st.sampled_from((21, 60, 500)),
+    host=st.sampled_from((0, 12, 100)),
+    mode=st.sampled_from(("auto", "swap", "recompute")),
 )
 def test_searches_find_what_the_book_finds(
-    seed: int, depth: int, horizon: int, prefix: bool, blocks: int, block_size: int, slots: int, budget: int
-) -> None:
+    seed: int, depth: int, horizon: int, prefix: bool, blocks: int, block_size: int, slots: int, budget: int,
+    host: int, mode: Literal["auto", "swap", "recompute"],
+) -> None:  # fmt: skip
     config = CoreConfig(
-        max_inflight=depth, horizon_us=horizon, prefix_cache=prefix, max_batched_tokens=budget
-    )
-    run_world(seed, 500, config, blocks=blocks, block_size=block_size, slots=slots, budget=budget)
+        max_inflight=depth, horizon_us=horizon, prefix_cache=prefix, max_batched_tokens=budget,
+        preemption_mode=mode,
+    )  # fmt: skip
+    sizes = {"blocks": blocks, "block_size": block_size, "slots": slots, "budget": budget, "host": host}
+    run_world(seed, 500, config, **sizes)
 
 
-def test_small_cache_preempts_searches() -> None:
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_small_cache_preempts_searches(mode: Literal["swap", "recompute"]) -> None:
     """The property above is only worth something if searches are preempted in it."""
-    total = 0
+    total = swaps = 0
     for seed in range(10):
-        world = run_world(seed, 600, CoreConfig(), blocks=40, block_size=4, slots=20, budget=60)
+        config = CoreConfig(preemption_mode=mode)
+        world = run_world(seed, 600, config, blocks=40, block_size=4, slots=20, budget=60, host=60)
         total += world.core.stats.num_preemptions
-    assert total > 20
+        swaps += world.core.stats.num_swaps
+    assert total > 20 and (swaps > 10) == (mode == "swap")
 
 
 def roomy(**config: Any) -> BeamWorld:
