@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import pagoda
-from pagoda import TokenLogprob, calls
+from pagoda import TokenLogprob, calls, progress
 from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import failure, last, play, resumed, serving, token
@@ -440,7 +440,7 @@ def test_urls() -> None:
 
 
 def test_finish_reasons_cover_the_enum() -> None:
-    assert set(calls._FINISH_REASONS) == set(spb.FinishReason.values())
+    assert set(progress._FINISH_REASONS) == set(spb.FinishReason.values())
 
 
 @pytest.mark.parametrize(

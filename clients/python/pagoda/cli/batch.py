@@ -137,6 +137,10 @@ def _from_openai(body: dict[str, Any]) -> dict[str, Any]:
         item.pop("logprobs", None)
         if body["logprobs"]:
             item["logprobs"] = body.get("top_logprobs") or 0
+    if item.get("beam_width") or body.get("use_beam_search"):
+        # OpenAI's API has no beams; in vLLM's words, best_of is how many there are.
+        item["beam_width"] = item.get("beam_width") or item.get("best_of") or item.get("n", 1)
+        item.pop("best_of", None)
     form = _form_of(body.get("response_format"), body.get("structured_outputs"))
     return item if form is None else {**item, "structured_output": form}
 
@@ -236,6 +240,8 @@ def _body(completion: Completion, model: str, is_chat: bool) -> dict[str, Any]:
             {"message": {"role": "assistant", "content": sample.text}} if is_chat else {"text": sample.text}
         )
         choice: dict[str, Any] = {"index": sample.index, **said, "finish_reason": sample.finish_reason}
+        if sample.score is not None:
+            choice["score"] = sample.score
         if sample.logprobs:
             choice["token_logprobs"] = [
                 {"token_id": lp.token_id, "logprob": lp.logprob, "top": lp.top} for lp in sample.logprobs
