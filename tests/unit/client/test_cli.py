@@ -59,6 +59,28 @@ def test_generate_prints_what_comes_and_figures() -> None:
     assert request.sampling.HasField("temperature") and not request.sampling.HasField("top_p")
 
 
+def test_generate_prints_several_answers_one_below_the_other() -> None:
+    with serving(
+        play(token(0, text="x", index=1), token(1, text="a"), last(2, text="y", index=1), last(3, text="b"))
+    ) as server:
+        done = cli("generate", "hi", "--n", "2", "--stats", "--url", server.target)
+    assert done.stdout == "[0]\nab\n[1]\nxy\n"
+    assert done.stderr.startswith("4 tokens") and "(stop, stop)" in done.stderr
+    assert server.requests[0].sampling.n == 2
+    best, second = last(1, text="best"), last(2, text="next", index=1)
+    best.score, second.score = -0.25, -0.5
+    searched = ("--n", "2", "--beam-width", "4", "--length-penalty", "0.5", "--early-stopping", "true")
+    with serving(play(best, second)) as server:
+        done = cli("generate", "hi", *searched, "--url", server.target)
+        assert done.stdout == "[0] score -0.2500\nbest\n[1] score -0.5000\nnext\n"
+        assert cli("generate", "hi", "--n", "2", "--best-of", "5", "--url", server.target).exit_code == 0
+        assert cli("generate", "hi", "--early-stopping", "maybe", "--url", server.target).exit_code == 2
+    sampling = server.requests[0].sampling
+    assert (sampling.beam_width, sampling.length_penalty) == (4, 0.5)
+    assert sampling.early_stopping == spb.EARLY_STOPPING_FIRST
+    assert server.requests[1].best_of == 5
+
+
 def test_generate_reads_standard_input_and_asks_as_a_chat() -> None:
     with serving(play(last(0))) as server:
         assert cli("generate", "-", "--chat", "--url", server.target, text="two\nlines").exit_code == 0
