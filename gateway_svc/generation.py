@@ -203,7 +203,7 @@ class Generation:
             traceparent=self.job.traceparent,
         )
         request.sampling.await_verdicts = self.verdicts is not None
-        if self.first_token_at is None:
+        if self.first_token_at is None or spec.sampling.HasField("beam_width"):  # which comes whole, or anew
             self.prompt_logprobs.clear()  # they all come again
         else:
             request.resume.extend(

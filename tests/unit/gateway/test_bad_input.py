@@ -128,13 +128,21 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": USER, "beam_width": 2, "length_penalty": "long"}, "length_penalty"),
     (CHAT, {"messages": USER, "early_stopping": True}, "early_stopping"),
     (CHAT, {"messages": USER, "length_penalty": 0.5}, "length_penalty"),
-    (CHAT, {"messages": USER, "beam_width": 2, "response_format": {"type": "json_object"}}, "response_format"),
+    (
+        CHAT,
+        {"messages": USER, "beam_width": 2, "response_format": {"type": "json_object"}},
+        "response_format",
+    ),
     (
         CHAT,
         {"messages": USER, "beam_width": 2, "tools": [function("f")], "tool_choice": "required"},
         "tools",
     ),
-    (TEXT, {"prompt": "x", "beam_width": 2, "structured_outputs": {"regex": "a"}}, "structured_outputs.regex"),
+    (
+        TEXT,
+        {"prompt": "x", "beam_width": 2, "structured_outputs": {"regex": "a"}},
+        "structured_outputs.regex",
+    ),
     (CHAT, {"messages": USER, "structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
     (CHAT, {"messages": USER, "structured_outputs": {"json": "{"}}, "structured_outputs.json"),
     (CHAT, {"messages": USER, "structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),

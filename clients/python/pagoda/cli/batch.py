@@ -141,6 +141,10 @@ def _from_openai(body: dict[str, Any]) -> dict[str, Any]:
         # OpenAI's API has no beams; in vLLM's words, best_of is how many there are.
         item["beam_width"] = item.get("beam_width") or item.get("best_of") or item.get("n", 1)
         item.pop("best_of", None)
+    else:
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            if item.get(name) == neutral:
+                del item[name]
     form = _form_of(body.get("response_format"), body.get("structured_outputs"))
     return item if form is None else {**item, "structured_output": form}
 
