@@ -86,7 +86,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
 
     def __init__(self, vocab_size: int = 49152, eos: int = 2, max_model_len: int = 8192) -> None:
         self.script: Script = lambda request, index: [eos]
-        self.search: Callable[[pb.GenerateTokensRequest], tuple[list[Step], list[Result]]]
+        self.search: Callable[[pb.GenerateTokensRequest], tuple[list[Step], list[Result]]] = self._find
         self.refuse: Callable[[pb.GenerateTokensRequest], pb.RequestFailure | None] = lambda request: None
         self.interval_s = 0.0005
         self.tokens_a_step = 1
@@ -222,6 +222,13 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                     end_with=self.end_with,
                 )
             )
+
+    def _find(self, request: pb.GenerateTokensRequest) -> tuple[list[Step], list[Result]]:
+        """A search for what `script` says."""
+        found = [self.script(request, index) for index in range(request.sampling.n)]
+        steps: list[Step] = [(0, [], [tokens[0] for tokens in found])]
+        results = [(tokens, pb.FINISH_REASON_STOP, -0.5 - i) for i, tokens in enumerate(found)]
+        return (steps if request.sampling.await_verdicts else []), results
 
     def _stop(self, session: Stream, handle: int, index: int, reason: int) -> None:
         request = session.open.get(handle)

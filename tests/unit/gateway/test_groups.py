@@ -87,13 +87,13 @@ async def test_best_of_over_http(http: httpx.AsyncClient, fake: FakeScheduler, r
 
 
 async def test_best_of_with_logprobs_echo_and_a_stop(http: httpx.AsyncClient, fake: FakeScheduler) -> None:
-    fake.script = lambda request, index: ids_of("one two three four")
+    fake.script = lambda request, index: ids_of("one two three" + " four" * 10_000)
     body = {"prompt": ["Say", "Tell"], "best_of": 3, "logprobs": 2, "echo": True, "stop": "three"}
     first, second = choices(await http.post(TEXT, json=body))
     assert (first["text"], second["text"]) == ("Sayone two ", "Tellone two ")
     assert first["finish_reason"] == "stop" and first["stop_reason"] == "three"
     assert first["logprobs"]["tokens"] == ["Say", "one", " two", " three"]
-    assert len(fake.stopped) == 6, "the scheduler is told of every sample's end"
+    await until(lambda: len(fake.stopped) == 6)  # the scheduler is told of every sample's end
 
 
 async def test_as_many_as_are_wanted_are_no_choice(http: httpx.AsyncClient, fake: FakeScheduler) -> None:
