@@ -142,6 +142,11 @@ class Sample:
         self.has_news = False
         return delta
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended as it should."""
+        return self.finish_reason in (STOP, LENGTH)
+
     def mean_logprob(self) -> float:
         """Of its tokens, before any of them is taken; minus infinity where there are none."""
         logprobs = [entry.logprob for entry in self._logprobs]
@@ -261,8 +266,11 @@ class Generation:
         self._end()
 
     def _choose(self, count: int) -> None:
-        """All samples have ended: the best are the results, best first; of equals, the one drawn first."""
-        ranked = sorted(self.samples, key=Sample.mean_logprob, reverse=True)
+        """All samples have ended: the best are the results, best first; of equals, the one drawn first.
+
+        A sample that somebody aborted is behind those that are whole.
+        """
+        ranked = sorted(self.samples, key=lambda s: (s.is_whole, s.mean_logprob()), reverse=True)
         self.results = ranked[:count]
         for index, sample in enumerate(self.results):
             sample.index, sample.score = index, sample.mean_logprob()
