@@ -21,6 +21,7 @@ import openai
 import pytest
 
 import pagoda
+import pagoda.swift
 from pagoda.models import EMBEDDED_MODEL as MODEL
 from pagoda.v1 import scheduler_pb2 as pb
 from pagoda.v1 import scheduler_pb2_grpc as rpc
@@ -128,6 +129,23 @@ def cli(running: Cluster, *options: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_ms_swifts_calls(running: Cluster, client: pagoda.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAGODA_URL", running.grpc)
+    config = pagoda.swift.VllmGenerationConfig(max_new_tokens=MAX_TOKENS, n=3, seed=9)
+    template, requests = pagoda.swift.get_template("default"), [{"query": "Tell me a story."}]
+    engine = pagoda.swift.get_vllm_engine(MODEL)
+    try:
+        (whole,) = pagoda.swift.inference_vllm(engine, template, requests, generation_config=config)
+        stream = pagoda.swift.inference_stream_vllm(engine, template, requests, generation_config=config)
+        streamed = [responses[0] for responses in stream][-1]
+    finally:
+        engine.close()
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    texts = [client.chat(messages, seed=9 + i, top_k=50, max_tokens=MAX_TOKENS).text for i in range(3)]
+    assert whole == {"response": texts[0], "history": [[requests[0]["query"], texts[0]]], "responses": texts}
+    assert streamed == whole
 
 
 def test_one_sample_is_aborted_and_the_others_go_on(running: Cluster, client: pagoda.Client) -> None:

@@ -228,6 +228,37 @@ def test_batch_takes_openais_words_for_structured_output(tmp_path: Path, body: A
     assert server.requests[0].structured_output == inference_pb2.StructuredOutput(**form)
 
 
+@pytest.mark.parametrize(
+    ("body", "sampling", "best_of"),
+    [
+        ({"n": 2, "best_of": 4, "length_penalty": 1.0, "early_stopping": False}, {"n": 2}, 4),
+        ({"n": 2, "best_of": 4, "use_beam_search": True}, {"n": 2, "beam_width": 4}, 0),
+        (
+            {"n": 2, "use_beam_search": True, "length_penalty": 0.5},
+            {"n": 2, "beam_width": 2, "length_penalty": 0.5},
+            0,
+        ),
+        ({"use_beam_search": True, "early_stopping": False}, {"beam_width": 1, "early_stopping": 1}, 0),
+        ({"beam_width": 3, "early_stopping": "never"}, {"beam_width": 3, "early_stopping": 3}, 0),
+    ],
+)
+def test_batch_takes_vllms_words_for_groups(tmp_path: Path, body: Any, sampling: Any, best_of: int) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"custom_id": "x", "body": {"prompt": "0", **body}}))
+    answers = [last(i, index=i) for i in range(sampling.get("n", 1))]
+    for answer in answers:
+        answer.score = -0.5
+    with serving(play(*answers)) as server:
+        done = cli("batch", str(file), "--url", server.target)
+    assert done.exit_code == 0, done.stderr
+    asked = server.requests[0].sampling
+    asked.ClearField("seed")
+    assert asked == spb.SamplingParams(**sampling)
+    assert server.requests[0].best_of == best_of
+    (record,) = results(tmp_path / "in.out.jsonl")
+    assert [choice["score"] for choice in record["response"]["body"]["choices"]] == [-0.5] * len(answers)
+
+
 def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

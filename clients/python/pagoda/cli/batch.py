@@ -137,16 +137,20 @@ def _from_openai(body: dict[str, Any]) -> dict[str, Any]:
         item.pop("logprobs", None)
         if body["logprobs"]:
             item["logprobs"] = body.get("top_logprobs") or 0
-    if item.get("beam_width") or body.get("use_beam_search"):
-        # OpenAI's API has no beams; in vLLM's words, best_of is how many there are.
-        item["beam_width"] = item.get("beam_width") or item.get("best_of") or item.get("n", 1)
-        item.pop("best_of", None)
-    else:
-        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
-            if item.get(name) == neutral:
-                del item[name]
+    _read_beams(item, body)
     form = _form_of(body.get("response_format"), body.get("structured_outputs"))
     return item if form is None else {**item, "structured_output": form}
+
+
+def _read_beams(item: dict[str, Any], body: dict[str, Any]) -> None:
+    """OpenAI's API has no beam search; in vLLM's words, best_of is how many beams there are."""
+    if body.get("use_beam_search") or item.get("beam_width"):
+        item["beam_width"] = item.get("beam_width") or item.get("best_of") or item.get("n", 1)
+        item.pop("best_of", None)
+        return
+    for name, neutral in (("length_penalty", 1), ("early_stopping", False)):  # as vLLM's clients send them
+        if item.get(name) == neutral:
+            del item[name]
 
 
 def _form_of(response_format: Any, structured_outputs: Any) -> dict[str, Any] | None:
