@@ -46,8 +46,7 @@ class StopVerdicts:
     def judge(self, step: int, parents: Sequence[int], token_ids: Sequence[int]) -> list[int]:
         """Indexes of the candidates that a stop string ends, ascending.
 
-        `parents` are indexes into the candidates of the step before. Step 0 begins anew at the prompt, as
-        after a preemption or a worker's death.
+        `parents` are indexes into the candidates of the step before. Step 0 is at the prompt, be it anew.
 
         Raises:
             ValueError: the steps do not follow each other, or a candidate has no parent.
