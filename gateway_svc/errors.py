@@ -57,6 +57,13 @@ class GatewayError(Exception):
         self.code = code
         self.retry_after_ms = retry_after_ms
 
+    def rename(self, field: str, name: str) -> None:
+        """If this is about `field`, let it be about `name`, by which the caller knows it."""
+        if self.field == field:
+            self.field = name
+            if self.message.startswith(field):
+                self.message = name + self.message.removeprefix(field)
+
     @property
     def http_status(self) -> int:
         """The HTTP status of this error."""

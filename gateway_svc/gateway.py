@@ -20,7 +20,7 @@ from gateway_svc.errors import (
     Unavailable,
     UnknownModel,
 )
-from gateway_svc.generation import Generation, GenerationSpec, Job
+from gateway_svc.generation import Best, Generation, GenerationSpec, Job
 from gateway_svc.metrics import Metrics
 from gateway_svc.scheduler_link import SchedulerLink
 from gateway_svc.spans import Spans
@@ -31,6 +31,7 @@ from pagoda.v1 import scheduler_pb2 as pb
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_SAMPLES = 1024  # of one call, over all of its prompts
+MAX_SAMPLES_A_REQUEST = 128
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024
 FINISH_NAMES: dict[int, str] = {
     pb.FINISH_REASON_STOP: "stop",
@@ -134,9 +135,11 @@ class Gateway:
         """Let outputs follow the grammar that `make` makes (see `gateway_svc.text.grammars`).
 
         Raises:
-            InvalidField: there is no such grammar.
+            InvalidField: there is no such grammar, or it is to be searched with beams.
             Unavailable: the model is not known yet.
         """
+        if sampling.HasField("beam_width"):
+            raise InvalidField(field, "cannot be together with beam search; give one of them")
         model = self.model_info()
         compiled = await self.tokenizer.in_thread(lambda: self._grammars.compile(make, field, model))
         sampling.grammar, self.link.vocabulary = compiled
@@ -168,10 +171,10 @@ class Gateway:
         if call.span is not None:
             job.traceparent = traceparent_of(call.span)
         try:
-            self.model_info()
+            model = self.model_info()
             for spec in specs:
                 table = self.tokenizer.table(spec.skip_special, spec.seen_tokens)
-                generation = Generation(spec, table, job)
+                generation = Generation(spec, table, job, model.eos_token_ids)
                 self.link.submit(generation)
                 job.add(generation)
         except GatewayError:
@@ -217,16 +220,17 @@ class Gateway:
         if first is None:
             return
         metrics.prompt_tokens.observe(len(generation.spec.prompt))
-        metrics.params_n.observe(generation.spec.sampling.n)
+        metrics.params_n.observe(generation.spec.num_results)
         if call.max_tokens is not None:
             metrics.params_max_tokens.observe(call.max_tokens)
         metrics.generation_tokens.observe(generation.num_output_tokens)
         last = max(sample.last_token_at for sample in generation.samples)
+        searched = generation.spec.sampling.HasField("beam_width")  # then all tokens come at once
         if generation.usage is not None:
             metrics.e2e_latency.observe(last - call.arrived_at)
         for sample in generation.samples:
             intervals = len(sample.token_ids) - 1
-            if intervals > 0:
+            if intervals > 0 and not searched:
                 metrics.time_per_output_token.observe((sample.last_token_at - first) / intervals)
             if sample.finish_reason:
                 metrics.success(FINISH_NAMES[sample.finish_reason])
@@ -275,6 +279,19 @@ def new_request_id() -> str:
 def new_seed() -> int:
     """A seed for a request whose client gave none."""
     return secrets.randbits(64)
+
+
+def best_of(sampling: pb.SamplingParams, num_drawn: int) -> Best | None:
+    """Let `num_drawn` samples be drawn, of which the n best are told.
+
+    Where these are all, there is nothing to choose, and their order is that of their seeds.
+    """
+    if num_drawn == sampling.n:
+        return None
+    best = Best(sampling.n, hides_logprobs=not sampling.HasField("logprobs"))
+    sampling.n = num_drawn
+    sampling.logprobs = sampling.logprobs  # set, if only to 0: the samples are ordered by them
+    return best
 
 
 def check_stops(stops: Sequence[str], field: str = "stop") -> tuple[str, ...]:

@@ -7,18 +7,31 @@ sample at once even for a client that reads one byte a second. What waits is tex
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gateway_svc.errors import GatewayError
 from gateway_svc.metrics import Metrics
 from gateway_svc.text.detokenize import Detokenizer, TokenBytes
 from gateway_svc.text.stops import StopMatcher
+from gateway_svc.text.verdicts import StopVerdicts
 from pagoda.v1 import scheduler_pb2 as pb
 
 STOP = int(pb.FINISH_REASON_STOP)
 LENGTH = int(pb.FINISH_REASON_LENGTH)
 NOT_ENDED = int(pb.FINISH_REASON_UNSPECIFIED)
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The client gets `count` of the samples: those with the best mean logprob a token, once all have ended.
+
+    So logprobs are drawn; `hides_logprobs` says that they are for nothing else.
+    """
+
+    count: int
+    hides_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,13 @@ class GenerationSpec:
     seen_tokens: tuple[str, ...] = ()  # special ones that are not skipped
     priority: int = 0
     cache_salt: str = ""
+    best: Best | None = None  # absent: the client gets all samples
     drop_output: bool = False  # only the prompt is wanted; the one token that must be drawn is nobody's
+
+    @property
+    def num_results(self) -> int:
+        """How many samples the client gets."""
+        return self.sampling.n if self.best is None else self.best.count
 
 
 @dataclass(slots=True)
@@ -65,6 +84,7 @@ class Sample:
         "has_news",
         "index",
         "last_token_at",
+        "score",
         "stop_reason",
         "token_ids",
     )
@@ -76,6 +96,7 @@ class Sample:
         self.token_ids: list[int] = []
         self.finish_reason = NOT_ENDED
         self.stop_reason: str | int | None = None
+        self.score: float | None = None  # of a beam search's result, or of one of the best
         self.last_token_at = 0.0
         self.has_news = False
         self._spec = spec
@@ -89,8 +110,9 @@ class Sample:
         """Take new tokens, and the reason if they are the last. True if a stop string ended the sample."""
         if self.finish_reason != NOT_ENDED:
             return False  # tokens that were on their way when a stop string was seen
-        # The token that the scheduler stopped at (EOS or a stop id) counts, but is not text.
-        is_stop_id = reason == STOP and bool(token_ids)
+        # The token that the scheduler stopped at (EOS or a stop id) counts, but is not text. The last one of
+        # a beam that our verdict ended is.
+        is_stop_id = reason == STOP and bool(token_ids) and self.generation.is_stop_id(token_ids[-1])
         textual = token_ids[:-1] if is_stop_id and not self._spec.include_stop else token_ids
         if self._matcher is None:
             text = self._detokenizer.feed(textual)
@@ -111,12 +133,24 @@ class Sample:
 
     def take(self) -> Delta:
         """What is new since the last call."""
-        delta = Delta("".join(self._text), self.token_ids[self._num_taken :], self._logprobs)
+        hidden = self._spec.best is not None and self._spec.best.hides_logprobs
+        logprobs = [] if hidden else self._logprobs
+        delta = Delta("".join(self._text), self.token_ids[self._num_taken :], logprobs)
         self._text = []
         self._logprobs = []
         self._num_taken = len(self.token_ids)
         self.has_news = False
         return delta
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it ended as it should."""
+        return self.finish_reason in (STOP, LENGTH)
+
+    def mean_logprob(self) -> float:
+        """Of its tokens, before any of them is taken; minus infinity where there are none."""
+        logprobs = [entry.logprob for entry in self._logprobs]
+        return math.fsum(logprobs) / len(logprobs) if logprobs else -math.inf
 
     def _feed_matcher(self, matcher: StopMatcher, token_ids: Sequence[int]) -> int:
         """Token by token, because the usage depends on which of them completes a stop string."""
@@ -143,10 +177,20 @@ class Sample:
 class Generation:
     """One prompt with its samples. The link calls the `on_` methods; `job` is told of what is new."""
 
-    def __init__(self, spec: GenerationSpec, table: TokenBytes, job: Job) -> None:
+    def __init__(
+        self, spec: GenerationSpec, table: TokenBytes, job: Job, eos_token_ids: Collection[int] = ()
+    ) -> None:
         self.spec = spec
         self.job = job
         self.samples = [Sample(self, i, table) for i in range(spec.sampling.n)]
+        # What the client gets, in its order. The best of the samples are known when all have ended.
+        self.results = self.samples if spec.best is None else []
+        self.first_place = 0  # of the results among the job's
+        self.verdicts: StopVerdicts | None = None
+        if spec.stop and spec.sampling.HasField("beam_width"):
+            self.verdicts = StopVerdicts(table, spec.stop)
+        eos = () if spec.sampling.ignore_eos else eos_token_ids
+        self._stop_ids = frozenset([*spec.sampling.stop_token_ids, *eos])
         self.prompt_logprobs: list[pb.TokenLogprob] = []  # of the prompt's tokens after the first
         self.usage: pb.Usage | None = None
         self.first_token_at: float | None = None
@@ -163,7 +207,8 @@ class Generation:
             cache_salt=spec.cache_salt,
             traceparent=self.job.traceparent,
         )
-        if self.first_token_at is None:
+        request.sampling.await_verdicts = self.verdicts is not None
+        if self.first_token_at is None or spec.sampling.HasField("beam_width"):  # which comes whole, or anew
             self.prompt_logprobs.clear()  # they all come again
         else:
             request.resume.extend(
@@ -172,11 +217,25 @@ class Generation:
             )
         return request
 
+    def is_stop_id(self, last: int) -> bool:
+        """Whether a sample that the scheduler says has stopped did so by its `last` token."""
+        return self.verdicts is None or last in self._stop_ids
+
     def on_row(
-        self, index: int, token_ids: list[int], logprobs: Sequence[pb.TokenLogprob], reason: int, now: float
+        self,
+        index: int,
+        token_ids: list[int],
+        logprobs: Sequence[pb.TokenLogprob],
+        reason: int,
+        now: float,
+        score: float | None = None,
     ) -> bool:
-        """New tokens of one sample. Whether a stop string ended it, so that the scheduler must be told."""
+        """New tokens of one sample. Whether a stop string ended it, so that the scheduler must be told.
+
+        `score` is a result's of a beam search, of which everything comes at once.
+        """
         sample = self.samples[index]
+        sample.score = score
         if token_ids:
             if self.first_token_at is None:
                 self.first_token_at = now
@@ -188,18 +247,34 @@ class Generation:
         if self.spec.drop_output:
             token_ids, logprobs, reason = [], [], LENGTH if reason == STOP else reason
         stopped = sample.feed(token_ids, logprobs, reason)
-        self.job.on_news(sample)
+        if self.spec.best is None:
+            self.job.on_news(sample)
         return stopped
 
     def on_usage(self, usage: pb.Usage) -> None:
         """Everything has ended."""
         self.usage = usage
+        if self.spec.best is not None:
+            self._choose(self.spec.best.count)
         self._end()
 
     def on_failure(self, error: GatewayError) -> None:
         """The request was refused, failed, or lost its scheduler."""
+        if self.spec.best is not None:
+            error.rename("sampling.n", "best_of")
         self.job.error = self.job.error or error
         self._end()
+
+    def _choose(self, count: int) -> None:
+        """All samples have ended: the best are the results, best first; of equals, the one drawn first.
+
+        A sample that somebody aborted is behind those that are whole.
+        """
+        ranked = sorted(self.samples, key=lambda s: (s.is_whole, s.mean_logprob()), reverse=True)
+        self.results = ranked[:count]
+        for index, sample in enumerate(self.results):
+            sample.index, sample.score = index, sample.mean_logprob()
+            self.job.on_news(sample)
 
     def _end(self) -> None:
         self.ended = True
@@ -231,11 +306,17 @@ class Job:
 
     @property
     def samples(self) -> list[Sample]:
-        """All samples, prompt by prompt: a sample's place is its index in an OpenAI response."""
+        """All samples that were drawn, prompt by prompt."""
         return [sample for generation in self.generations for sample in generation.samples]
+
+    @property
+    def results(self) -> list[Sample]:
+        """What the client gets: a sample's place is its index in an OpenAI response."""
+        return [sample for generation in self.generations for sample in generation.results]
 
     def add(self, generation: Generation) -> None:
         """A generation is on its way."""
+        generation.first_place = sum(before.spec.num_results for before in self.generations)
         self.generations.append(generation)
         self._num_open += 1
 

@@ -46,6 +46,7 @@ class SchedulerLink:
         self._handle_of: dict[Generation, int] = {}
         self._submits: list[tuple[int, pb.GenerateTokensRequest]] = []
         self._stops: list[tuple[int, int, pb.StopReason.ValueType]] = []
+        self._verdicts = pb.VerdictBatch()
         self._outbox_filled = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
         self._log = structlog.get_logger().bind(service="gateway", scheduler=address)
@@ -155,6 +156,7 @@ class SchedulerLink:
             self._outbox_filled.clear()
             submits, self._submits = self._submits, []
             stops, self._stops = self._stops, []
+            verdicts, self._verdicts = self._verdicts, pb.VerdictBatch()
             if told is not self.vocabulary and any(request.sampling.grammar for _, request in submits):
                 told = self.vocabulary
                 await call.write(pb.SessionRequest(vocabulary=told))
@@ -164,6 +166,8 @@ class SchedulerLink:
                 handles, indexes, reasons = zip(*stops, strict=True)
                 ended = pb.StopBatch(handles=handles, indexes=indexes, reasons=reasons)
                 await call.write(pb.SessionRequest(stop=ended))
+            if verdicts.handles:
+                await call.write(pb.SessionRequest(verdicts=verdicts))
 
     def _accept(self, start: pb.SessionAccepted) -> None:
         if not self.connected:
@@ -179,6 +183,7 @@ class SchedulerLink:
         self.num_workers = 0
         self._submits.clear()
         self._stops.clear()
+        self._verdicts.Clear()
         for handle in list(self._open):
             lost = Unavailable(f"the scheduler was lost ({reason}); try again", "scheduler_lost")
             self._forget(handle).on_failure(lost)
@@ -192,6 +197,7 @@ class SchedulerLink:
         """Hand every row to its request."""
         tokens, indexes, counts = list(output.tokens), list(output.indexes), list(output.num_tokens)
         reasons = dict(zip(output.ended_rows, output.ended_reasons, strict=True)) if output.ended_rows else {}
+        scores = dict(zip(output.score_rows, output.scores, strict=True)) if output.score_rows else {}
         with_logprobs = frozenset(output.logprob_rows)
         if output.prompt_handles:
             self._deliver_prompts(output)
@@ -206,7 +212,7 @@ class SchedulerLink:
             if generation is not None:
                 index = indexes[row] if indexes else 0
                 reason = reasons.get(row, 0)
-                if generation.on_row(index, tokens[start:end], logprobs, reason, now):
+                if generation.on_row(index, tokens[start:end], logprobs, reason, now, scores.get(row)):
                     self._stop(handle, index, pb.STOP_REASON_FINISHED)
             start = end
         for handle, usage in zip(output.usage_handles, output.usages, strict=True):
@@ -215,6 +221,20 @@ class SchedulerLink:
         for failure in output.failures:
             if failure.handle in self._open:
                 self._forget(failure.handle).on_failure(RequestFailed(failure))
+        for candidates in output.candidates:
+            self._judge(candidates)
+
+    def _judge(self, candidates: pb.BeamCandidates) -> None:
+        """Say which candidates a stop string ends; their search waits for it."""
+        generation = self._open.get(candidates.handle)
+        if generation is None or generation.verdicts is None:
+            return
+        stopped = generation.verdicts.judge(candidates.step, candidates.parents, candidates.token_ids)
+        self._verdicts.handles.append(candidates.handle)
+        self._verdicts.steps.append(candidates.step)
+        self._verdicts.num_stopped.append(len(stopped))
+        self._verdicts.stopped.extend(stopped)
+        self._outbox_filled.set()
 
     def _deliver_prompts(self, output: pb.OutputColumns) -> None:
         """Hand the logprobs of prompts to their requests, before anything that was drawn after them."""

@@ -74,7 +74,7 @@ class Spans:
                 for field, name in _PARAMETERS.items()
                 if sampling.HasField(field)  # type: ignore[arg-type]
             }
-            attributes["gen_ai.request.choice.count"] = sampling.n
+            attributes["gen_ai.request.choice.count"] = job.generations[0].spec.num_results
             attributes["gen_ai.usage.num_sequences"] = len(job.samples)
             reasons = [reason for reason in summary["finish_reasons"] if reason]
             attributes["gen_ai.response.finish_reasons"] = reasons

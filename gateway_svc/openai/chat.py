@@ -13,7 +13,7 @@ from gateway_svc.errors import GatewayError
 from gateway_svc.gateway import FINISH_NAMES, Gateway, usage_of
 from gateway_svc.generation import Generation, Job, Sample
 from gateway_svc.openai import replies
-from gateway_svc.openai.logprobs import chat_logprobs, prompt_logprobs
+from gateway_svc.openai.logprobs import chat_logprobs, prompt_logprobs, score_of
 from gateway_svc.openai.params import (
     check_supported,
     max_tokens_of,
@@ -39,13 +39,13 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     try:
         gateway.check_model(body.model)
         check_supported(body)
-        sampling = sampling_of(body)
+        sampling, best = sampling_of(body)
         options = template_options(body, gateway.settings.trust_request_chat_template)
         use = tool_use(gateway, body, messages_of(body.messages))
         if use.form is not None:
             await gateway.constrain(sampling, *use.form)
         prompt = await gateway.chat_prompt(use.messages, "messages", tools=use.shown, **options)
-        job = gateway.start(call, [spec_of(body, sampling, prompt, call.request_id, use.marks)])
+        job = gateway.start(call, [spec_of(body, sampling, prompt, call.request_id, best, use.marks)])
     except GatewayError as error:
         gateway.finish(call, None, error)
         raise
@@ -73,7 +73,7 @@ class ChatRenderer:
     def whole(self, job: Job) -> replies.ChatCompletion:
         """The answer of a job that has ended."""
         choices = []
-        for place, sample in enumerate(job.samples):
+        for place, sample in enumerate(job.results):
             delta = sample.take()
             message, reason = replies.Message(delta.text), FINISH_NAMES[sample.finish_reason]
             if self._tools is not None:
@@ -85,6 +85,7 @@ class ChatRenderer:
                     logprobs=self._logprobs(delta),
                     finish_reason=reason,
                     stop_reason=sample.stop_reason,
+                    score=score_of(sample),
                     token_ids=delta.token_ids if self._wants_ids else UNSET,
                 )
             )
@@ -120,6 +121,7 @@ class ChatRenderer:
             choice = replies.ChunkChoice(place, said, self._logprobs(delta), reason)
             if reason:
                 choice.stop_reason = sample.stop_reason
+                choice.score = score_of(sample)
             if self._wants_ids:
                 choice.token_ids = delta.token_ids
             chunks.append(self._chunk(choice))

@@ -13,7 +13,8 @@ from gateway_svc.errors import GatewayError, InvalidField
 from gateway_svc.gateway import FINISH_NAMES, MAX_SAMPLES, Gateway, usage_of
 from gateway_svc.generation import Delta, Job, Sample
 from gateway_svc.openai import replies
-from gateway_svc.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs
+from gateway_svc.openai.groups import num_sequences
+from gateway_svc.openai.logprobs import CompletionLogprobsBuilder, prompt_logprobs, score_of
 from gateway_svc.openai.params import check_supported, max_tokens_of, sampling_of, spec_of
 from gateway_svc.openai.requests import StrictJsonRoute, gateway_of, new_call
 from gateway_svc.openai.responses import JobResponse
@@ -31,22 +32,23 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     try:
         gateway.check_model(body.model)
         check_supported(body)
-        sampling = sampling_of(body)
+        sampling, best = sampling_of(body)
         await constrain(gateway, sampling, body)
         prompts = await _prompts(gateway, body)
-        if len(prompts) * body.n > MAX_SAMPLES:
-            raise InvalidField("prompt", f"makes {len(prompts) * body.n} samples; at most {MAX_SAMPLES}")
+        number = len(prompts) * num_sequences(body)
+        if number > MAX_SAMPLES:
+            raise InvalidField("prompt", f"makes {number} samples; at most {MAX_SAMPLES}")
         echoes = await _echoes(gateway, body, prompts) if body.echo else None
         suffixes = [""] if len(prompts) == 1 else [f"-{i}" for i in range(len(prompts))]
         specs = [
-            spec_of(body, sampling, prompt, call.request_id + suffix)
+            spec_of(body, sampling, prompt, call.request_id + suffix, best)
             for prompt, suffix in zip(prompts, suffixes, strict=True)
         ]
         job = gateway.start(call, specs)
     except GatewayError as error:
         gateway.finish(call, None, error)
         raise
-    return JobResponse(gateway, call, job, CompletionRenderer(gateway, call.request_id, body, job, echoes))
+    return JobResponse(gateway, call, job, CompletionRenderer(gateway, call.request_id, body, echoes))
 
 
 async def _prompts(gateway: Gateway, body: CompletionRequest) -> list[list[int]]:
@@ -77,7 +79,7 @@ class CompletionRenderer:
     """Completions as JSON."""
 
     def __init__(
-        self, gateway: Gateway, request_id: str, body: CompletionRequest, job: Job, echoes: list[str] | None
+        self, gateway: Gateway, request_id: str, body: CompletionRequest, echoes: list[str] | None
     ) -> None:
         self._id = f"cmpl-{request_id}"
         self._created = int(time.time())
@@ -88,16 +90,13 @@ class CompletionRenderer:
         self._wants_ids = bool(body.return_token_ids)
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._usage_of_chunks = None if wants_usage else UNSET
-        self._places = {sample: place for place, sample in enumerate(job.samples)}
+        self._num_logprobs = body.logprobs
         self._logprobs: dict[Sample, CompletionLogprobsBuilder] = {}
-        if body.logprobs is not None:
-            table = gateway.tokenizer.verbatim
-            self._logprobs = {s: CompletionLogprobsBuilder(table, body.logprobs) for s in self._places}
         self._begun: set[Sample] = set()
 
     def whole(self, job: Job) -> replies.Completion:
         """The answer of a job that has ended."""
-        choices = [self._choice(sample) for sample in self._places]
+        choices = [self._choice(sample) for sample in job.results]
         for choice in choices:
             if choice.stop_reason is UNSET:
                 choice.stop_reason = None
@@ -128,7 +127,7 @@ class CompletionRenderer:
         self._begun.add(sample)
         generation = sample.generation
         choice = replies.CompletionChoice(
-            index=self._places[sample],
+            index=generation.first_place + sample.index,
             text=delta.text,
             logprobs=self._logprobs_of(sample, delta, is_first),
             finish_reason=FINISH_NAMES.get(sample.finish_reason),
@@ -140,6 +139,7 @@ class CompletionRenderer:
             choice.prompt_logprobs = prompt_logprobs(table, generation, self._num_prompt_logprobs)
         if sample.finish_reason:
             choice.stop_reason = sample.stop_reason
+            choice.score = score_of(sample)
         if self._wants_ids:
             choice.token_ids = delta.token_ids
             choice.prompt_token_ids = generation.spec.prompt if is_first else UNSET
@@ -147,12 +147,15 @@ class CompletionRenderer:
 
     def _echo(self, sample: Sample) -> str:
         assert self._echoes is not None
-        return self._echoes[self._places[sample] // len(sample.generation.samples)]
+        return self._echoes[sample.generation.first_place // sample.generation.spec.num_results]
 
     def _logprobs_of(self, sample: Sample, delta: Delta, is_first: bool) -> replies.CompletionLogprobs | None:
+        if self._num_logprobs is None:
+            return None
         builder = self._logprobs.get(sample)
         if builder is None:
-            return None
+            builder = CompletionLogprobsBuilder(self._tokenizer.verbatim, self._num_logprobs)
+            self._logprobs[sample] = builder
         pieces = []
         if is_first and self._echoes is not None:
             visible = self._tokenizer.visible

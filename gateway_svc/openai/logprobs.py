@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice, zip_longest
 
-from gateway_svc.generation import Generation
+from msgspec import UNSET, UnsetType
+
+from gateway_svc.generation import Generation, Sample
 from gateway_svc.openai.replies import (
     ChatLogprob,
     ChatLogprobs,
@@ -34,6 +36,11 @@ def chat_logprobs(
         data = table[token_id]
         content.append(ChatLogprob(_text(data), max(entry.logprob, LOWEST), list(data), top))
     return ChatLogprobs(content)
+
+
+def score_of(sample: Sample) -> float | UnsetType:
+    """What a result of a beam search or of best_of is ordered by."""
+    return UNSET if sample.score is None else max(sample.score, LOWEST)
 
 
 def prompt_logprobs(table: TokenBytes, generation: Generation, num_top: int) -> PromptLogprobs:

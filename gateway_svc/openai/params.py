@@ -6,7 +6,8 @@ from typing import Any
 
 from gateway_svc.errors import InvalidField, NotSupported
 from gateway_svc.gateway import check_stops, new_seed
-from gateway_svc.generation import GenerationSpec
+from gateway_svc.generation import Best, GenerationSpec
+from gateway_svc.openai.groups import fill_group
 from gateway_svc.openai.schema import UINT32_MAX, ChatMessage, ChatRequest, CompletionRequest, SamplingBody
 from gateway_svc.text.tokenizer import RESERVED_VARIABLES, Message
 from pagoda.v1 import scheduler_pb2 as pb
@@ -24,20 +25,19 @@ _COPIED = (
 
 
 def check_supported(body: SamplingBody) -> None:
-    """Raises NotSupported for what later versions do."""
-    if body.use_beam_search:
-        raise NotSupported("use_beam_search", "leave it out, or sample with n")
+    """Raises NotSupported for what later versions may do, InvalidField for what is nothing."""
     if isinstance(body, CompletionRequest):
         if body.suffix:
             raise NotSupported("suffix")
-        if body.best_of is not None and body.best_of != body.n:
-            raise InvalidField("best_of", f"is {body.best_of}; only the value of n, {body.n}, is supported")
         if body.max_tokens == 0 and not body.echo:
             raise InvalidField("max_tokens", "is 0; must be at least 1, unless the prompt is echoed")
 
 
-def sampling_of(body: SamplingBody) -> pb.SamplingParams:
-    """The sampling parameters, with a seed. What is absent in the body is absent here."""
+def sampling_of(body: SamplingBody) -> tuple[pb.SamplingParams, Best | None]:
+    """The sampling parameters, with a seed, and how many of the samples are told if not all.
+
+    What is absent in the body is absent here.
+    """
     sampling = pb.SamplingParams(n=body.n, ignore_eos=body.ignore_eos)
     for name in _COPIED:
         value = getattr(body, name)
@@ -62,7 +62,7 @@ def sampling_of(body: SamplingBody) -> pb.SamplingParams:
     wanted = [number for number in (body.prompt_logprobs, echoed) if number is not None]
     if wanted:
         sampling.prompt_logprobs = max(wanted)
-    return sampling
+    return sampling, fill_group(sampling, body)
 
 
 def max_tokens_of(body: SamplingBody) -> int | None:
@@ -86,6 +86,7 @@ def spec_of(
     sampling: pb.SamplingParams,
     prompt: list[int],
     request_id: str,
+    best: Best | None,
     seen_tokens: tuple[str, ...] = (),
 ) -> GenerationSpec:
     """One prompt's request. `seen_tokens` are special tokens that are text, though others are skipped."""
@@ -101,6 +102,7 @@ def spec_of(
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         drop_output=max_tokens_of(body) == 0,
+        best=best,
     )
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateway_svc.gateway import MAX_REQUEST_ID_BYTES, MAX_SAMPLES
+from gateway_svc.gateway import MAX_REQUEST_ID_BYTES, MAX_SAMPLES, MAX_SAMPLES_A_REQUEST
 
 UINT32_MAX = 2**32 - 1
 INT32_MAX = 2**31 - 1
 MAX_PROMPTS = MAX_SAMPLES
 MAX_LOGPROBS = 20
+MAX_BEAM_WIDTH = 16
 
 TokenId = Annotated[int, Field(ge=0, le=UINT32_MAX)]
 
@@ -62,7 +63,27 @@ class SamplingBody(Body):
     """What chat and text completions have in common."""
 
     model: str | None = Field(None, description="Absent is the model that is served.")
-    n: int = Field(1, ge=1, le=128, description="Samples of each prompt.")
+    n: int = Field(1, ge=1, le=MAX_SAMPLES_A_REQUEST, description="Samples of each prompt.")
+    best_of: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_SAMPLES_A_REQUEST,
+        description="Draw so many samples and answer with the n of the best mean logprob; not with stream.",
+    )
+    use_beam_search: bool | None = Field(
+        None, description="Search instead of drawing: best_of beams, or n; the n best results, best first."
+    )
+    beam_width: int | None = Field(
+        None, ge=1, le=MAX_BEAM_WIDTH, description="Beams of a search, which it asks for by itself."
+    )
+    length_penalty: float | None = Field(
+        None, description="A beam's score is its logprob over its length to this power; default 1."
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        None,
+        description="When a search that has enough results ends: when its best beam would not better the "
+        "worst of them now (false, the default), at once (true), or when no beam ever can (never).",
+    )
     temperature: float | None = Field(None, ge=0, description="0 is greedy; default 1.")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=INT32_MAX, description="0 and -1 keep all.")
@@ -92,8 +113,6 @@ class SamplingBody(Body):
     user: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    # Later versions support these. They are declared so that asking for them is an error, not a surprise.
-    use_beam_search: bool | None = None
 
 
 class ContentPart(Body):
@@ -196,7 +215,7 @@ class CompletionRequest(SamplingBody):
     max_tokens: int | None = Field(None, ge=0, le=INT32_MAX, description="0 is for echo alone; default 16.")
     echo: bool | None = Field(False, description="The prompt first: its text and, if asked for, logprobs.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
+    # Later versions may support it. It is declared so that asking for it is an error, not a surprise.
     suffix: str | None = None
 
 

@@ -14,14 +14,16 @@ from grpc_status import rpc_status
 from gateway_svc.errors import GatewayError, InvalidField, NotSupported, to_status
 from gateway_svc.gateway import (
     MAX_REQUEST_ID_BYTES,
+    MAX_SAMPLES_A_REQUEST,
     Call,
     Gateway,
+    best_of,
     check_stops,
     new_request_id,
     new_seed,
     usage_of,
 )
-from gateway_svc.generation import GenerationSpec, Job, Sample
+from gateway_svc.generation import Best, GenerationSpec, Job, Sample
 from gateway_svc.text import grammars
 from gateway_svc.text.tokenizer import Message
 from pagoda.tracing import contexts_in
@@ -30,7 +32,6 @@ from pagoda.v1 import inference_pb2_grpc as rpc
 from pagoda.v1 import scheduler_pb2
 
 Context = Any  # grpc.aio.ServicerContext; its stubs lack abort_with_status
-MAX_SAMPLES_A_REQUEST = 128
 # Of prompts, in one message: with 20 alternatives each, a tenth of what many clients take at most.
 MOST_LOGPROBS = 2048
 ROLES = frozenset(["system", "user", "assistant"])
@@ -125,6 +126,7 @@ class InferenceService(rpc.InferenceServiceServicer):
         if not 1 <= sampling.n <= MAX_SAMPLES_A_REQUEST:
             raise InvalidField("sampling.n", f"is {sampling.n}; must be from 1 to {MAX_SAMPLES_A_REQUEST}")
         await self._constrain(request, sampling)
+        best = _best(request, sampling)
         return GenerationSpec(
             request_id=request_id,
             prompt=await self._prompt(request),
@@ -134,6 +136,7 @@ class InferenceService(rpc.InferenceServiceServicer):
             skip_special=request.skip_special_tokens if request.HasField("skip_special_tokens") else True,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            best=best,
         )
 
     async def _constrain(self, request: pb.GenerateRequest, sampling: scheduler_pb2.SamplingParams) -> None:
@@ -186,13 +189,25 @@ class InferenceService(rpc.InferenceServiceServicer):
                     yield waiting
                 waiting = response
             # Only what may be the last is kept back, so that no token waits for the next one.
-            if waiting is not None and not all(s.finish_reason for s in job.samples):
+            if waiting is not None and not all(s.finish_reason for s in job.results):
                 yield waiting
                 waiting = None
         if waiting is None:
             waiting = pb.GenerateResponse(request_id=call.request_id if is_first else "")
         waiting.usage.CopyFrom(usage_of(job))
         yield waiting
+
+
+def _best(request: pb.GenerateRequest, sampling: scheduler_pb2.SamplingParams) -> Best | None:
+    """Let more samples be drawn than are wanted, if that is asked for."""
+    if not request.HasField("best_of"):
+        return None
+    if sampling.HasField("beam_width"):
+        raise InvalidField("best_of", "is for samples that are drawn; leave it out with sampling.beam_width")
+    if not sampling.n <= request.best_of <= MAX_SAMPLES_A_REQUEST:
+        allowed = f"at least sampling.n, {sampling.n}, and at most {MAX_SAMPLES_A_REQUEST}"
+        raise InvalidField("best_of", f"is {request.best_of}; must be {allowed}")
+    return best_of(sampling, request.best_of)
 
 
 def _news(sample: Sample) -> Iterator[pb.GenerateResponse]:
@@ -218,6 +233,7 @@ def _response(sample: Sample) -> pb.GenerateResponse | None:
         token_ids=delta.token_ids,
         logprobs=delta.logprobs,
         finish_reason=sample.finish_reason,  # type: ignore[arg-type]
+        score=sample.score,
     )
     if isinstance(sample.stop_reason, str):
         response.stop_reason = sample.stop_reason

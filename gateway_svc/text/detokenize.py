@@ -87,6 +87,12 @@ class Detokenizer:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
+    def fork(self) -> Detokenizer:
+        """Another one for tokens that go on differently from here."""
+        other = Detokenizer(self._table)
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
     def feed(self, token_ids: Iterable[int]) -> str:
         """The characters that these tokens complete."""
         table = self._table

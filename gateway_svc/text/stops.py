@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 
 
 class _Pattern:
-    """One stop string and how much of it the text ends with (Knuth, Morris and Pratt)."""
+    """One stop string, of which a text may end with a part (Knuth, Morris and Pratt)."""
 
-    __slots__ = ("failure", "length", "matched", "text")
+    __slots__ = ("failure", "length", "text")
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.length = len(text)
-        self.matched = 0
         self.failure = [0] * self.length
         k = 0
         for i in range(1, self.length):
@@ -23,15 +22,11 @@ class _Pattern:
                 k += 1
             self.failure[i] = k
 
-    def advance(self, char: str) -> bool:
-        """Take the next character; whether it completes the stop string."""
-        k = self.matched
+    def advance(self, k: int, char: str) -> int:
+        """How much of the stop string the text ends with after `char`, if it was `k` characters before."""
         while k and char != self.text[k]:
             k = self.failure[k - 1]
-        if char == self.text[k]:
-            k += 1
-        self.matched = k
-        return k == self.length
+        return k + 1 if char == self.text[k] else k
 
 
 class StopMatcher:
@@ -42,26 +37,36 @@ class StopMatcher:
     a rule that does not depend on how the text is cut into pieces.
     """
 
-    __slots__ = ("_held", "_include", "_patterns", "matched")
+    __slots__ = ("_begun", "_held", "_include", "_patterns", "matched")
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         """`include` leaves the stop string in the text. Stop strings are not empty."""
         self._patterns = [_Pattern(stop) for stop in stops]
+        self._begun = [0] * len(self._patterns)  # how much of each the text ends with
         self._include = include
         self._held = ""
         self.matched: str | None = None
+
+    def fork(self) -> StopMatcher:
+        """Another one for a text that goes on differently from here."""
+        other = StopMatcher((), self._include)
+        other._patterns, other._begun = self._patterns, self._begun[:]
+        other._held, other.matched = self._held, self.matched
+        return other
 
     def feed(self, text: str) -> str:
         """What may be shown now. Once `matched` is set, the text is over and nothing more is."""
         if self.matched is not None or not text:
             return ""
-        patterns = self._patterns
+        patterns, begun = self._patterns, self._begun
         for i, char in enumerate(text):
-            complete = [pattern for pattern in patterns if pattern.advance(char)]
+            begun = [pattern.advance(k, char) for pattern, k in zip(patterns, begun, strict=True)]
+            complete = [pattern for pattern, k in zip(patterns, begun, strict=True) if k == pattern.length]
             if complete:
                 return self._end(self._held + text[: i + 1], complete)
+        self._begun = begun
         text = self._held + text
-        keep = len(text) - max(pattern.matched for pattern in patterns)
+        keep = len(text) - max(begun)
         self._held = text[keep:]
         return text[:keep]
 

@@ -147,9 +147,10 @@ def test_no_setting_changes_a_token(setting: Setting, tmp_path: Path) -> None:
     ("name", "scheduler_args", "worker_args"),
     [
         ("roomy", FAR, FOUR),
+        ("no prefix cache", (*FAR, "--no-prefix-cache"), FOUR),
         ("preempted", CHUNKS, ("--num-blocks", scaled("20", "56"))),
     ],
-    ids=["roomy", "preempted"],
+    ids=["roomy", "no prefix cache", "preempted"],
 )
 def test_each_sample_of_a_group_is_the_single_request_with_its_seed(
     name: str, scheduler_args: tuple[str, ...], worker_args: tuple[str, ...]
@@ -166,6 +167,7 @@ def test_each_sample_of_a_group_is_the_single_request_with_its_seed(
         num_preemptions = running.snapshot().num_preemptions
         alone = run(address, singles, AT_ONCE)
     assert bool(num_preemptions) == (name == "preempted"), num_preemptions
+    assert bool(alone.cached_tokens) == (name != "no prefix cache"), "the prompts had been there before"
     differences = check(singles, together.tokens, alone.tokens)
     references = check(
         sampled(prompts_of_groups), alone.tokens[: NUM_SAMPLES * len(prompts_of_groups) : NUM_SAMPLES]

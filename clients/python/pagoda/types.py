@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, str]]
@@ -24,6 +24,12 @@ class Options(TypedDict, total=False):
     logit_bias: Mapping[int, float]
     seed: int
     n: int
+    best_of: int
+    """Draw so many samples; the n of the best mean logprob, best first, come when all have ended."""
+    beam_width: int
+    """Search with so many beams instead of drawing; the n best results, best first, come when it ends."""
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
     max_tokens: int
     min_tokens: int
     stop_token_ids: Sequence[int]
@@ -76,11 +82,15 @@ class Chunk:
     stop_reason: str | None = None
     usage: Usage | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One whole answer. `finish_reason` is stop, length, cancelled or error."""
+    """One whole answer. `finish_reason` is stop, length, cancelled or error.
+
+    `score` is what results of a beam search, and of `best_of`, are ordered by.
+    """
 
     index: int
     text: str
@@ -88,6 +98,7 @@ class Sample:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
     stop_reason: str | None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,28 @@ def test_generate_prints_what_comes_and_figures() -> None:
     assert request.sampling.HasField("temperature") and not request.sampling.HasField("top_p")
 
 
+def test_generate_prints_several_answers_one_below_the_other() -> None:
+    with serving(
+        play(token(0, text="x", index=1), token(1, text="a"), last(2, text="y", index=1), last(3, text="b"))
+    ) as server:
+        done = cli("generate", "hi", "--n", "2", "--stats", "--url", server.target)
+    assert done.stdout == "[0]\nab\n[1]\nxy\n"
+    assert done.stderr.startswith("4 tokens") and "(stop, stop)" in done.stderr
+    assert server.requests[0].sampling.n == 2
+    best, second = last(1, text="best"), last(2, text="next", index=1)
+    best.score, second.score = -0.25, -0.5
+    searched = ("--n", "2", "--beam-width", "4", "--length-penalty", "0.5", "--early-stopping", "true")
+    with serving(play(best, second)) as server:
+        done = cli("generate", "hi", *searched, "--url", server.target)
+        assert done.stdout == "[0] score -0.2500\nbest\n[1] score -0.5000\nnext\n"
+        assert cli("generate", "hi", "--n", "2", "--best-of", "5", "--url", server.target).exit_code == 0
+        assert cli("generate", "hi", "--early-stopping", "maybe", "--url", server.target).exit_code == 2
+    sampling = server.requests[0].sampling
+    assert (sampling.beam_width, sampling.length_penalty) == (4, 0.5)
+    assert sampling.early_stopping == spb.EARLY_STOPPING_FIRST
+    assert server.requests[1].best_of == 5
+
+
 def test_generate_reads_standard_input_and_asks_as_a_chat() -> None:
     with serving(play(last(0))) as server:
         assert cli("generate", "-", "--chat", "--url", server.target, text="two\nlines").exit_code == 0
@@ -204,6 +226,37 @@ def test_batch_takes_openais_words_for_structured_output(tmp_path: Path, body: A
         done = cli("batch", str(file), "--url", server.target)
     assert done.exit_code == 0, done.stderr
     assert server.requests[0].structured_output == inference_pb2.StructuredOutput(**form)
+
+
+@pytest.mark.parametrize(
+    ("body", "sampling", "best_of"),
+    [
+        ({"n": 2, "best_of": 4, "length_penalty": 1.0, "early_stopping": False}, {"n": 2}, 4),
+        ({"n": 2, "best_of": 4, "use_beam_search": True}, {"n": 2, "beam_width": 4}, 0),
+        (
+            {"n": 2, "use_beam_search": True, "length_penalty": 0.5},
+            {"n": 2, "beam_width": 2, "length_penalty": 0.5},
+            0,
+        ),
+        ({"use_beam_search": True, "early_stopping": False}, {"beam_width": 1, "early_stopping": 1}, 0),
+        ({"beam_width": 3, "early_stopping": "never"}, {"beam_width": 3, "early_stopping": 3}, 0),
+    ],
+)
+def test_batch_takes_vllms_words_for_groups(tmp_path: Path, body: Any, sampling: Any, best_of: int) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"custom_id": "x", "body": {"prompt": "0", **body}}))
+    answers = [last(i, index=i) for i in range(sampling.get("n", 1))]
+    for answer in answers:
+        answer.score = -0.5
+    with serving(play(*answers)) as server:
+        done = cli("batch", str(file), "--url", server.target)
+    assert done.exit_code == 0, done.stderr
+    asked = server.requests[0].sampling
+    asked.ClearField("seed")
+    assert asked == spb.SamplingParams(**sampling)
+    assert server.requests[0].best_of == best_of
+    (record,) = results(tmp_path / "in.out.jsonl")
+    assert [choice["score"] for choice in record["response"]["body"]["choices"]] == [-0.5] * len(answers)
 
 
 def results(path: Path) -> list[dict[str, Any]]:

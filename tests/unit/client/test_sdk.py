@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 import pagoda
-from pagoda import TokenLogprob, calls
+from pagoda import TokenLogprob, calls, progress
 from pagoda.v1 import inference_pb2 as pb
 from pagoda.v1 import scheduler_pb2 as spb
 from tests.unit.client.scripted import failure, last, play, resumed, serving, token
@@ -145,6 +145,42 @@ def test_a_resumed_request_names_the_samples_that_had_ended(run: Any) -> None:
         done = run(server.target, lambda c: c.generate("hi", n=3))
     assert resumed(server.requests[1]) == [([], False), ([0], True), ([1], False)]
     assert [s.token_ids for s in done.samples] == [(6,), (0,), (1, 5)]
+
+
+@pytest.mark.parametrize("options", [{"best_of": 3}, {"beam_width": 3, "early_stopping": "never"}])
+def test_results_that_come_whole_are_made_again_and_told_once(run: Any, options: Any) -> None:
+    first, second = last(0), last(1, 2, index=1)
+    first.score, second.score = -0.5, -1.5
+    first.ClearField("usage")
+    chunks: list[pagoda.Chunk] = []
+
+    async def follow(client: pagoda.AsyncClient) -> pagoda.Completion:
+        async with client.stream("hi", n=2, **options) as stream:
+            chunks.extend([chunk async for chunk in stream])
+            return stream.completion
+
+    async def both(target: str) -> pagoda.Completion:
+        async with pagoda.AsyncClient(target, backoff_s=0.01) as client:
+            return await follow(client)
+
+    with serving(play(first, UNAVAILABLE), play(first, second)) as server:
+        done = run(server.target, lambda c: c.generate("hi", n=2, **options))
+        server.acts = [play(first, UNAVAILABLE), play(first, second)]
+        asyncio.run(both(server.target))
+    assert [(s.token_ids, s.text, s.score) for s in done.samples] == [((0,), "a", -0.5), ((1, 2), "bc", -1.5)]
+    assert done.usage is not None
+    assert not any(request.resume for request in server.requests)
+    assert len({r.sampling.seed for r in server.requests[:2]}) == 1
+    assert "".join(chunk.text for chunk in chunks) == "abc", "what came before the loss is not repeated"
+    if "beam_width" in options:
+        assert server.requests[0].sampling.early_stopping == spb.EARLY_STOPPING_NEVER
+
+
+@pytest.mark.parametrize("value", ["sometimes", 1, 0.0, [True]])
+def test_early_stopping_is_one_of_three(run: Any, value: Any) -> None:
+    with serving(play(last(0))) as server, pytest.raises(pagoda.InvalidRequest) as wrong:
+        run(server.target, lambda c: c.generate("hi", beam_width=2, early_stopping=value))
+    assert wrong.value.field == "sampling.early_stopping"
 
 
 def test_losing_only_the_end_of_the_stream_is_no_loss(run: Any) -> None:
@@ -440,7 +476,7 @@ def test_urls() -> None:
 
 
 def test_finish_reasons_cover_the_enum() -> None:
-    assert set(calls._FINISH_REASONS) == set(spb.FinishReason.values())
+    assert set(progress._FINISH_REASONS) == set(spb.FinishReason.values())
 
 
 @pytest.mark.parametrize(

@@ -211,9 +211,23 @@ def test_the_generations_defaults_and_other_names() -> None:
     options = config.options()
     assert (config.max_new_tokens, options["temperature"], options["seed"]) == (7, 0.0, 5)
     assert "top_k" not in options
-    config.num_beams = 2
-    with pytest.raises(InvalidRequest, match="num_beams"):
-        config.options()
+    config.n = 3
+    assert config.options() == options | {"n": 3}
+    config.num_beams, config.early_stopping = 4, "never"
+    assert config.options() == {
+        "max_tokens": 7,
+        "repetition_penalty": 1.0,
+        "stop": [],
+        "n": 3,
+        "beam_width": 4,
+        "length_penalty": 1.0,
+        "early_stopping": "never",
+    }
+    for name, value in (("n", 5), ("n", 0), ("num_beams", 0)):
+        wrong = VllmGenerationConfig(**{"num_beams": 4, name: value})  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match=name) as error:
+            wrong.options()
+        assert error.value.field == name
     with pytest.raises(AttributeError):
         config.max_length = 5  # type: ignore[attr-defined]
 
@@ -241,6 +255,28 @@ def test_a_batch_keeps_its_order_and_the_history(engine_of: Any) -> None:
     asked = {len(r.chat.messages): r for r in server.requests}
     assert [m.content for m in asked[6].chat.messages] == ["S", "q1", "r1", "q2", "r2", "b"]
     assert (asked[1].sampling.max_tokens, asked[1].sampling.top_k, asked[1].model) == (9, 50, "m")
+
+
+def test_several_answers_to_one_query(engine_of: Any) -> None:
+    samples = play(token(1, text="he", index=1), token(2, text="no"), last(3, text="llo", index=1), last(4))
+    requests = [{"query": "a"}]
+    with serving(samples) as server:
+        engine = engine_of(server)
+        config = VllmGenerationConfig(n=2)
+        (response,) = inference_vllm(engine, get_template("default"), requests, generation_config=config)
+        assert response == {"response": "noe", "history": [["a", "noe"]], "responses": ["noe", "hello"]}
+        stream = inference_stream_vllm(engine, get_template("default"), requests, generation_config=config)
+        assert [r[0]["responses"] for r in stream][-1] == ["noe", "hello"]
+    assert server.requests[0].sampling.n == 2
+    with serving(play(last(1, text="best"), last(2, text="next", index=1))) as server:
+        engine = engine_of(server)
+        config = VllmGenerationConfig(num_beams=3, n=2)
+        (response,) = inference_vllm(engine, get_template("default"), requests, generation_config=config)
+    assert response["responses"] == ["best", "next"]
+    assert (server.requests[0].sampling.beam_width, server.requests[0].sampling.HasField("top_k")) == (
+        3,
+        False,
+    )
 
 
 def test_the_templates_end_of_an_answer_is_told_to_the_server(engine_of: Any) -> None:

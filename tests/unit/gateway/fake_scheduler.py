@@ -5,7 +5,9 @@
     async with fake: ...                          # listens on fake.address
 
 It steps at `interval_s`, gives each live row `tokens_a_step` tokens, and packs everything for a session into
-one message a step, as the real one does. What gateways sent is in `submitted`, `stopped` and `messages`.
+one message a step, as the real one does. What gateways sent is in `submitted`, `stopped`, `judged` and
+`messages`. Beam searches are scripted, too: `fake.search` says which candidates come, step by step, each
+after the verdict on the one before, and then with which results the search ends.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from pagoda.v1 import scheduler_pb2_grpc as rpc
 
 WHOLE_REQUEST = 0xFFFFFFFF
 Script = Callable[[pb.GenerateTokensRequest, int], list[int]]
+Step = tuple[int, list[int], list[int]]  # its number, parents and tokens
+Result = tuple[list[int], int, float]  # tokens, why it ended, score
 
 
 @dataclass
@@ -55,11 +59,22 @@ class Row:
 
 
 @dataclass
+class Search:
+    """One beam search that runs."""
+
+    handle: int
+    steps: list[Step]
+    results: list[Result]
+    awaits: int | None = None  # the verdict on this step
+
+
+@dataclass
 class Stream:
     """One gateway's stream."""
 
     number: int
     rows: list[Row] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
     open: dict[int, pb.GenerateTokensRequest] = field(default_factory=dict)
     untold: dict[int, pb.GenerateTokensRequest] = field(default_factory=dict)  # whose prompts have logprobs
     failures: list[pb.RequestFailure] = field(default_factory=list)
@@ -71,6 +86,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
 
     def __init__(self, vocab_size: int = 49152, eos: int = 2, max_model_len: int = 8192) -> None:
         self.script: Script = lambda request, index: [eos]
+        self.search: Callable[[pb.GenerateTokensRequest], tuple[list[Step], list[Result]]] = self._find
         self.refuse: Callable[[pb.GenerateTokensRequest], pb.RequestFailure | None] = lambda request: None
         self.interval_s = 0.0005
         self.tokens_a_step = 1
@@ -83,6 +99,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
         )
         self.submitted: list[pb.GenerateTokensRequest] = []
         self.stopped: list[tuple[str, int, int]] = []  # request id, index, reason
+        self.judged: list[tuple[int, list[int]]] = []  # step, places of the candidates that end
         self.messages: Counter[str] = Counter()
         self.sessions: list[Stream] = []
         self.submits_by_session: Counter[int] = Counter()  # by the order in which they came
@@ -164,6 +181,15 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                 columns = message.stop
                 for stop in zip(columns.handles, columns.indexes, columns.reasons, strict=True):
                     self._stop(session, *stop)
+            elif kind == "verdicts":
+                stopped = iter(message.verdicts.stopped)
+                given = message.verdicts
+                for handle, step, count in zip(given.handles, given.steps, given.num_stopped, strict=True):
+                    self.judged.append((step, [next(stopped) for _ in range(count)]))
+                    (search,) = [search for search in session.searches if search.handle == handle]
+                    assert search.awaits == step
+                    search.awaits = None
+                assert not list(stopped)
 
     def _submit(self, session: Stream, handle: int, request: pb.GenerateTokensRequest) -> None:
         self.submitted.append(request)
@@ -178,6 +204,11 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
         if request.sampling.HasField("prompt_logprobs"):
             session.untold[handle] = request
         sampling = request.sampling
+        if sampling.HasField("beam_width"):
+            steps, results = self.search(request)
+            assert bool(steps) == sampling.await_verdicts
+            session.searches.append(Search(handle, steps, results))
+            return
         eos = set() if sampling.ignore_eos or self.model is None else set(self.model.eos_token_ids)
         for index in range(sampling.n):
             session.rows.append(
@@ -192,6 +223,13 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                 )
             )
 
+    def _find(self, request: pb.GenerateTokensRequest) -> tuple[list[Step], list[Result]]:
+        """A search for what `script` says."""
+        found = [self.script(request, index) for index in range(request.sampling.n)]
+        steps: list[Step] = [(0, [], [tokens[0] for tokens in found])]
+        results = [(tokens, pb.FINISH_REASON_STOP, -0.5 - i) for i, tokens in enumerate(found)]
+        return (steps if request.sampling.await_verdicts else []), results
+
     def _stop(self, session: Stream, handle: int, index: int, reason: int) -> None:
         request = session.open.get(handle)
         if request is None:
@@ -201,6 +239,7 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
             if row.handle == handle and index in (row.index, WHOLE_REQUEST):
                 row.ended = True
         session.rows = [row for row in session.rows if not row.ended]
+        session.searches = [search for search in session.searches if search.handle != handle]
         if index == WHOLE_REQUEST:
             del session.open[handle]
 
@@ -229,12 +268,20 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
                 row.ended = True
                 output.ended_rows.append(place)
                 output.ended_reasons.append(reason)  # type: ignore[arg-type]
+        for search in session.searches[:]:
+            if search.awaits is None and search.steps:
+                number, parents, tokens = search.steps.pop(0)
+                search.awaits = number
+                output.candidates.add(handle=search.handle, step=number, parents=parents, token_ids=tokens)
+            elif search.awaits is None:
+                session.searches.remove(search)
+                _add_results(output, search)
         if not any(output.indexes):
             output.ClearField("indexes")
         if all(count == 1 for count in output.num_tokens):
             output.ClearField("num_tokens")
         session.rows = [row for row in session.rows if not row.ended]
-        live = {row.handle for row in session.rows}
+        live = {row.handle for row in (*session.rows, *session.searches)}
         for handle in [handle for handle in session.open if handle not in live]:
             request = session.open.pop(handle)
             usage = pb.Usage(prompt_tokens=len(request.prompt_token_ids), cached_tokens=self.cached_tokens)
@@ -242,7 +289,21 @@ class FakeScheduler(rpc.SchedulerServiceServicer):
             output.usages.append(usage)
         output.failures.extend(session.failures)
         session.failures.clear()
-        return output if output.handles or output.usage_handles or output.failures else None
+        return output if output.ListFields() else None
+
+
+def _add_results(output: pb.OutputColumns, search: Search) -> None:
+    """All at once, as they come of a search."""
+    for index, (tokens, reason, score) in enumerate(search.results):
+        place = len(output.handles)
+        output.handles.append(search.handle)
+        output.indexes.append(index)
+        output.num_tokens.append(len(tokens))
+        output.tokens.extend(tokens)
+        output.ended_rows.append(place)
+        output.ended_reasons.append(reason)  # type: ignore[arg-type]
+        output.score_rows.append(place)
+        output.scores.append(score)
 
 
 def prompt_logprob(token: int, count: int) -> pb.TokenLogprob:

@@ -111,7 +111,38 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": {"name": 5}}]}]},
         "messages[1].tool_calls[0].function.name",
     ),
-    (CHAT, {"messages": USER, "use_beam_search": True}, "use_beam_search"),
+    (CHAT, {"messages": USER, "best_of": 2, "stream": True}, "best_of"),
+    (CHAT, {"messages": USER, "best_of": 2, "n": 3}, "best_of"),
+    (CHAT, {"messages": USER, "best_of": 129}, "best_of"),
+    (CHAT, {"messages": USER, "best_of": True}, "best_of"),
+    (CHAT, {"messages": USER, "use_beam_search": True, "n": 17}, "n"),
+    (CHAT, {"messages": USER, "use_beam_search": True, "best_of": 17}, "best_of"),
+    (CHAT, {"messages": USER, "use_beam_search": True, "best_of": 2, "n": 3}, "n"),
+    (CHAT, {"messages": USER, "use_beam_search": True, "best_of": 2, "beam_width": 3}, "best_of"),
+    (CHAT, {"messages": USER, "use_beam_search": "yes"}, "use_beam_search"),
+    (CHAT, {"messages": USER, "use_beam_search": False, "beam_width": 3}, "beam_width"),
+    (CHAT, {"messages": USER, "beam_width": 0}, "beam_width"),
+    (CHAT, {"messages": USER, "beam_width": 17}, "beam_width"),
+    (CHAT, {"messages": USER, "beam_width": 2, "early_stopping": "sometimes"}, "early_stopping"),
+    (CHAT, {"messages": USER, "beam_width": 2, "early_stopping": 1}, "early_stopping"),
+    (CHAT, {"messages": USER, "beam_width": 2, "length_penalty": "long"}, "length_penalty"),
+    (CHAT, {"messages": USER, "early_stopping": True}, "early_stopping"),
+    (CHAT, {"messages": USER, "length_penalty": 0.5}, "length_penalty"),
+    (
+        CHAT,
+        {"messages": USER, "beam_width": 2, "response_format": {"type": "json_object"}},
+        "response_format",
+    ),
+    (
+        CHAT,
+        {"messages": USER, "beam_width": 2, "tools": [function("f")], "tool_choice": "required"},
+        "tools",
+    ),
+    (
+        TEXT,
+        {"prompt": "x", "beam_width": 2, "structured_outputs": {"regex": "a"}},
+        "structured_outputs.regex",
+    ),
     (CHAT, {"messages": USER, "structured_outputs": {"regex": "a("}}, "structured_outputs.regex"),
     (CHAT, {"messages": USER, "structured_outputs": {"json": "{"}}, "structured_outputs.json"),
     (CHAT, {"messages": USER, "structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
@@ -142,7 +173,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": [5] * 8192}, "prompt"),
     (TEXT, {"prompt": "word " * 9000}, "prompt"),
     (TEXT, {"prompt": ["a"] * 100, "n": 100}, "prompt"),
-    (TEXT, {"prompt": "x", "best_of": 3}, "best_of"),
+    (TEXT, {"prompt": ["a"] * 9, "best_of": 128}, "prompt"),
+    (TEXT, {"prompt": ["a"] * 65, "beam_width": 16}, "prompt"),
+    (TEXT, {"prompt": "x", "best_of": 3, "stream": True}, "best_of"),
     (TEXT, {"prompt": "x", "suffix": "end"}, "suffix"),
     (TEXT, {"prompt": "x", "logprobs": 30}, "logprobs"),
     (TEXT, {"prompt": "x", "logprobs": True}, "logprobs"),
@@ -200,6 +233,9 @@ async def test_the_harmless_forms_pass(http: httpx.AsyncClient) -> None:
     response = await http.post(CHAT, json=body | {"tools": functions, "tool_choice": "none"})
     assert response.status_code == 200
     response = await http.post(TEXT, json={"prompt": "x", "best_of": 2, "n": 2, "suffix": None})
+    assert response.status_code == 200
+    vllm = {"best_of": 1, "use_beam_search": False, "length_penalty": 1.0, "early_stopping": False}
+    response = await http.post(TEXT, json={"prompt": "x", "stream": True, **vllm})
     assert response.status_code == 200
 
 

@@ -137,8 +137,20 @@ def _from_openai(body: dict[str, Any]) -> dict[str, Any]:
         item.pop("logprobs", None)
         if body["logprobs"]:
             item["logprobs"] = body.get("top_logprobs") or 0
+    _read_beams(item, body)
     form = _form_of(body.get("response_format"), body.get("structured_outputs"))
     return item if form is None else {**item, "structured_output": form}
+
+
+def _read_beams(item: dict[str, Any], body: dict[str, Any]) -> None:
+    """OpenAI's API has no beam search; in vLLM's words, best_of is how many beams there are."""
+    if body.get("use_beam_search") or item.get("beam_width"):
+        item["beam_width"] = item.get("beam_width") or item.get("best_of") or item.get("n", 1)
+        item.pop("best_of", None)
+        return
+    for name, neutral in (("length_penalty", 1), ("early_stopping", False)):  # as vLLM's clients send them
+        if item.get(name) == neutral:
+            del item[name]
 
 
 def _form_of(response_format: Any, structured_outputs: Any) -> dict[str, Any] | None:
@@ -236,6 +248,8 @@ def _body(completion: Completion, model: str, is_chat: bool) -> dict[str, Any]:
             {"message": {"role": "assistant", "content": sample.text}} if is_chat else {"text": sample.text}
         )
         choice: dict[str, Any] = {"index": sample.index, **said, "finish_reason": sample.finish_reason}
+        if sample.score is not None:
+            choice["score"] = sample.score
         if sample.logprobs:
             choice["token_logprobs"] = [
                 {"token_id": lp.token_id, "logprob": lp.logprob, "top": lp.top} for lp in sample.logprobs

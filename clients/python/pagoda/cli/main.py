@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,15 @@ Text = str | None
 Number = int | None
 Decimal = float | None
 File = Path | None
+
+
+class EarlyStopping(StrEnum):
+    """When a beam search ends."""
+
+    false = "false"
+    true = "true"
+    never = "never"
+
 
 DEFAULT_URL = "127.0.0.1:8001"
 DEFAULT_SCHEDULER = "127.0.0.1:50051"
@@ -192,6 +202,23 @@ def generate(
         bool, typer.Option("--stats", help="Print figures to standard error at the end.")
     ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the answer; may be repeated.")] = None,
+    n: Annotated[Number, typer.Option("--n", help="Answers; sample i draws with seed + i.")] = None,
+    best_of: Annotated[
+        Number, typer.Option(help="Draw so many, print the --n of the best mean logprob a token.")
+    ] = None,
+    beam_width: Annotated[
+        Number, typer.Option(help="Search with so many beams instead of drawing; the --n best results.")
+    ] = None,
+    length_penalty: Annotated[
+        Decimal, typer.Option(help="A beam's score is its logprob over its length to this power.")
+    ] = None,
+    early_stopping: Annotated[
+        EarlyStopping | None,
+        typer.Option(
+            help="When a search that has enough results ends: true is at once, never is when none can be "
+            "bettered, false (the default) is when it looks like that."
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     model: ModelName = "",
@@ -200,9 +227,18 @@ def generate(
     max_tokens: MaxTokens = None,
     seed: Seed = None,
 ) -> None:
-    """Continue one prompt, printing as it comes."""
+    """Continue one prompt, printing as it comes; several answers one below the other."""
     sampling = _sampling(
-        temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=stop or None
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=stop or None,
+        n=n,
+        best_of=best_of,
+        beam_width=beam_width,
+        length_penalty=length_penalty,
+        early_stopping={None: None, "false": False, "true": True}.get(early_stopping, "never"),
     )
     with reported():
         from pagoda.cli.generate import run

@@ -54,6 +54,7 @@ def infer(
     top_k: Annotated[int, typer.Option(help="Keep the k best; 0 keeps all.")] = 20,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set of this mass.")] = 0.7,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages what was said.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(min=1, max=16, help="Above 1: search instead of drawing.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")] = None,
     stream: Annotated[Switch, typer.Option(help="Print an answer as it comes.")] = Switch.true,
     dtype: Dtype = None,
@@ -75,6 +76,7 @@ def infer(
             "top_k": top_k,
             "top_p": top_p,
             "repetition_penalty": repetition_penalty,
+            "num_beams": num_beams,
             "seed": seed,
         }
         engine: dict[str, Any] = {

@@ -38,7 +38,8 @@ def inference_vllm(
 ) -> list[Response]:
     """Answer every request of `{"query": ..., "history": [[query, response], ...], "system": ...}`.
 
-    Returns, in their order, `{"response": ..., "history": ...}`, the history with this turn at its end.
+    Returns, in their order, `{"response": ..., "history": ...}`, the history with this turn at its end. Where
+    the configuration's `n` is above 1, "responses" has all of them, of which "response" is the first.
     `generation_info` is cleared and filled: num_prompt_tokens, num_generated_tokens, num_samples, runtime
     (seconds), samples/s and tokens/s.
 
@@ -95,15 +96,22 @@ class _Batch:
         self._prompts = [template.prompt(request) for request in requests]
         self._info = {} if info is None else info
         self._use_tqdm = use_tqdm
-        self._texts: list[str | None] = [None] * len(requests)
+        self._n = config.n
+        self._texts: list[list[str] | None] = [None] * len(requests)  # of each of the n samples, so far
         self._num_ended = 0
 
     def responses(self) -> list[Response | None]:
         """What has come so far, in the order of the requests."""
         return [
-            None if text is None else {"response": text, "history": [*map(list, history), [query, text]]}
-            for text, (query, history) in zip(self._texts, self._requests, strict=True)
+            None if texts is None else self._response(texts, query, history)
+            for texts, (query, history) in zip(self._texts, self._requests, strict=True)
         ]
+
+    def _response(self, texts: list[str], query: str, history: Sequence[Sequence[str]]) -> Response:
+        response: Response = {"response": texts[0], "history": [*map(list, history), [query, texts[0]]]}
+        if self._n > 1:
+            response["responses"] = list(texts)
+        return response
 
     def stream(self) -> Generator[list[Response | None], None, None]:
         """The responses each time that something has come."""
@@ -140,17 +148,19 @@ class _Batch:
             raise self._engine.explain(error) from error
         if error is not None:
             raise error
-        before = self._texts[place]
+        texts = self._texts[place]
+        is_first = texts is None
+        if texts is None:
+            texts = self._texts[place] = [""] * self._n
         if chunk is None:
             self._num_ended += 1
-            self._texts[place] = before or ""
-            return before is None
+            return is_first
         if chunk.finish_reason in ("error", "cancelled"):
             raise ServerError(f"the request at place {place} ended with {chunk.finish_reason}")
         self._info["num_generated_tokens"] += len(chunk.token_ids)
         if chunk.usage is not None:
             self._info["num_prompt_tokens"] += chunk.usage.prompt_tokens
-        self._texts[place] = (before or "") + chunk.text
+        texts[chunk.index] += chunk.text
         return True
 
     def _account(self, begin: float) -> None:
