@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any, TypeAlias
 
 import torch
@@ -30,6 +31,9 @@ class HostPool:
         self._device = list(cache.pool)
         self._host = list(memory)
         self._on_cuda = cache.pool.is_cuda
+        if self._on_cuda and memory.numel():
+            unpin = torch.cuda.cudart().cudaHostUnregister
+            weakref.finalize(self, unpin, memory.data_ptr()).atexit = False  # then the driver may be gone
 
     def out(self, pairs: Pairs | None) -> Moment:
         """Copy device blocks to host blocks, before anything else of a step; when its swaps began."""

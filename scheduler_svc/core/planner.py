@@ -8,18 +8,16 @@ than one iteration.
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import NewRow, Plan
 from scheduler_svc.core.group import Group, State
-from scheduler_svc.core.preempt import choose_victim
 from scheduler_svc.core.request import NEVER, Sequence
+from scheduler_svc.core.room import lacking, make_room, soon_lacking
 from scheduler_svc.core.rows import Column
 from scheduler_svc.core.stats import Stats
-from scheduler_svc.core.swap import blocks_to_resume, most_blocks, swap_in, swap_out
+from scheduler_svc.core.swap import blocks_to_resume, most_blocks, swap_in
 from scheduler_svc.core.worker import Flight, Worker
 
 
@@ -27,7 +25,7 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     """The next step of `worker`; None when its window is full or nothing can run."""
     if len(worker.inflight) >= worker.depth:
         return None
-    decodes = _make_room(worker, stats, now)
+    decodes = make_room(worker, stats, now)
     if decodes is None:
         return None
     if not (decodes.size or worker.prefilling or worker.gathering or worker.queue):
@@ -46,54 +44,6 @@ def make_plan(worker: Worker, config: CoreConfig, stats: Stats, now: float) -> P
     if step.flight.only_decodes and not (worker.prefilling or step.flight.searches):
         step.look_ahead(config.horizon_us)
     return step.finish()
-
-
-def _make_room(worker: Worker, stats: Stats, now: float) -> Column | None:
-    """Slots that decode in this step, after preempting until the blocks suffice.
-
-    None: blocks are short while steps are in flight. Their results may free some, so look-ahead ends
-    here before anyone is preempted.
-    """
-    while True:
-        decodes = worker.rows.decoding()
-        need = int(_lacking(worker, decodes, 1).sum()) if decodes.size else 0
-        need += _tail_copies(worker) if worker.shared_tails else 0
-        if not decodes.size and not worker.inflight:
-            # Prompts may hold all blocks between them: the oldest must be able to go on.
-            if oldest := next(iter(worker.prefilling.values()), None):
-                need += int(worker.rows.scheduled[oldest.slot] >= worker.rows.capacity[oldest.slot])
-            elif group := next(iter(worker.gathering.values()), None):
-                need += group.blocks_needed(worker.block_size, [len(group.followers[0].tokens)])
-                need -= group.num_prompt // worker.block_size
-        if need <= worker.allocator.num_free:
-            return decodes
-        if worker.inflight:
-            return None
-        victim = choose_victim(worker)
-        assert victim is not None, "the oldest request does not fit the cache that it was checked against"
-        _preempt(worker, victim, stats, now)
-
-
-def _lacking(worker: Worker, decodes: Column, iterations: int) -> Column:
-    """Blocks that each decoding row lacks for so many iterations."""
-    rows = worker.rows
-    covered = np.minimum(rows.scheduled[decodes] + iterations, rows.last[decodes])
-    return np.maximum(-((rows.capacity[decodes] - covered) // worker.block_size), 0)
-
-
-def _tail_copies(worker: Worker) -> int:
-    """Blocks that copy-on-write needs when every row with a shared tail writes: all but the last holder."""
-    holders = Counter(s.blocks[-1] for s in worker.shared_tails.values())
-    return sum(min(n, worker.allocator.ref_count(block) - 1) for block, n in holders.items())
-
-
-def _preempt(worker: Worker, group: Group, stats: Stats, now: float) -> None:
-    swap_out(worker, group, stats)
-    group.resume_after = worker.remove_group(group)
-    group.num_preemptions += 1
-    group.pauses.append(("preempted", now))
-    stats.num_preemptions += 1
-    worker.queue.push(group)
 
 
 class _Step:
@@ -129,10 +79,10 @@ class _Step:
         worker, plan = self.worker, self.plan
         if worker.shared_tails:
             self._copy_tails()
-        lacking = _lacking(worker, self.decodes, iterations)
-        for i in np.flatnonzero(lacking).tolist():
+        lacks = lacking(worker, self.decodes, iterations)
+        for i in np.flatnonzero(lacks).tolist():
             sequence = self.decoding[i]
-            for block in worker.append_blocks(sequence, int(lacking[i])):
+            for block in worker.append_blocks(sequence, int(lacks[i])):
                 plan.append_slots.append(sequence.slot)
                 plan.append_blocks.append(block)
 
@@ -186,7 +136,7 @@ class _Step:
         # While others wait, do not run past the first row that ends: its place is wanted.
         enough = int(remaining.min() if len(worker.queue) else remaining.max())
         m = max(1, min(worker.max_horizon, int(horizon_us / worker.iteration_us), enough))
-        while m > 1 and _lacking(worker, self.decodes, m).sum() > worker.allocator.num_free:
+        while m > 1 and lacking(worker, self.decodes, m).sum() > worker.allocator.num_free:
             m -= 1
         if m > 1:
             self.decode(m)
@@ -372,8 +322,9 @@ class _Step:
             idle_hits = sum(1 for block in hits if not worker.allocator.ref_count(block))
             need = group.blocks_needed(worker.block_size, [len(s.tokens) for s in live]) - len(hits)
         free = worker.allocator.num_free - idle_hits - worker.committed_blocks()
-        if worker.running and need + worker.watermark > free:
-            return f"it needs {need} blocks and {worker.watermark} to spare, {max(free, 0)} are free"
+        spare = max(worker.watermark, soon_lacking(worker, self.decodes))
+        if worker.running and need + spare > free:
+            return f"it needs {need} blocks and {spare} to spare, {max(free, 0)} are free"
         return ""
 
     def _admit(self, group: Group) -> None:

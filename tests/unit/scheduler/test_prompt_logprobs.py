@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pagoda.v1 import scheduler_pb2 as pb
-from scheduler_svc.core import planner
+from scheduler_svc.core import room
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.group import Group
 from scheduler_svc.core.stats import Stats
@@ -96,13 +96,13 @@ async def test_chunks_between_decodes() -> None:
 async def test_preemption_in_the_middle_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that grow take the blocks of prompts that are half computed."""
     half_told = []
-    preempt = planner._preempt
+    preempt = room._preempt
 
     def watched(worker: Worker, group: Group, stats: Stats, now: float) -> None:
         half_told.append(1 < group.next_logprob < group.num_prompt)
         preempt(worker, group, stats, now)
 
-    monkeypatch.setattr(planner, "_preempt", watched)
+    monkeypatch.setattr(room, "_preempt", watched)
     async with local_scheduler(CoreConfig(max_batched_tokens=20)) as local:
         await local.attach(blocks=100, slots=20, iteration_ms=0.2)
         prompts = [prompt_of(180 + 5 * i, first=i) for i in range(4)]

@@ -167,11 +167,10 @@ def test_samples_share_in_host_memory_and_afterwards_what_they_shared_before() -
 
 def test_a_shared_last_block_comes_back_once_for_each_that_writes_into_it() -> None:
     """Preempted right after the fork: the partial block of the prompt is still one."""
-    bench = Bench(num_blocks=9)
-    first = bench.arrive(list(range(40, 47)), n=2, max_tokens=10)
-    bench.step()
+    bench = Bench(num_blocks=8)
+    first = bench.arrive(list(range(40, 48)), n=2, max_tokens=10)
     group = bench.core.groups[bench.arrive(list(range(9)), n=3, max_tokens=4)]
-    bench.step()  # computes its prompt and forks; of nine blocks three are free
+    bench.step()  # computes both prompts and forks
     out = bench.step()  # two for the first request's next blocks, two for copies of the third
     assert swaps_out(out) and len(out.swap_out_host_blocks) == 3
     (tail,) = {s.host_blocks[2] for s in group.samples}
