@@ -20,7 +20,7 @@ import pytest
 
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc import record
-from scheduler_svc.core import planner, preempt
+from scheduler_svc.core import planner, preempt, room
 from scheduler_svc.core.worker import Worker
 from tests.support import figures
 from tests.support.cluster import cluster
@@ -78,7 +78,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(model_folder()),
         dtype="bfloat16",
         scheduler_args=("--record", str(path), "--horizon-ms", "1000", "--max-batched-tokens", "256"),
-        worker_args=("--num-blocks", "32", "--max-horizon", "4"),
+        worker_args=("--num-blocks", "18", "--max-horizon", "4"),
     ) as running:
         cancelled = asyncio.run(load(running.scheduler.address))
         num_preemptions = running.snapshot().num_preemptions
@@ -138,7 +138,7 @@ def cautious(honest: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
 @pytest.mark.parametrize(
     ("target", "name", "change", "field"),
     [
-        (planner, "choose_victim", lambda _: most_lost_work, "released_slots"),
+        (room, "choose_victim", lambda _: most_lost_work, "released_slots"),
         (planner._Step, "look_ahead", lambda _: no_horizon, "num_iterations"),
         (planner._Step, "_why_not", cautious, "new_rows"),
     ],
