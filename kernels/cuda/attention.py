@@ -130,7 +130,10 @@ def decode(
         num_warps=config.num_warps, num_stages=config.num_stages, **common,
     )  # fmt: skip
     summed = (out, parts, stats, begun, query_start, out.stride(0))
-    launch(_combine, (programs, group), *summed, BLOCK_S=16, num_warps=4, **common)
+    # A head of few rows has many parts; of many, two or three, and then it is the programs that cost.
+    members, block_s = (1, 16) if rows <= FEW_ROWS else (triton.next_power_of_2(group), 2)
+    grid = (programs, triton.cdiv(group, members))
+    launch(_combine, grid, *summed, BLOCK_S=block_s, MEMBERS=members, num_warps=4, **common)
 
 
 @triton.jit
@@ -274,33 +277,39 @@ def _attend(q, key_cache, value_cache, table, head, low, high, length, window, s
 @triton.jit
 def _combine(out, parts, stats, begun, query_start, out_stride,
              HK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_S: tl.constexpr, RAGGED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Adds up the parts of the head that `_decode`'s program of the same number began and others finished."""
+             BLOCK_S: tl.constexpr, MEMBERS: tl.constexpr, RAGGED: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
+    """Adds up the parts of the head that `_decode`'s program of the same number began and others finished;
+    one program takes MEMBERS of its query heads."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    low, member = tl.program_id(0), tl.program_id(1)
+    low = tl.program_id(0)
     unfinished, high = tl.load(begun + 2 * low), tl.load(begun + 2 * low + 1)
     if unfinished >= 0:
         row, head = unfinished // HK, unfinished % HK
-        d_range = tl.arange(0, BLOCK_D)
-        best = float("-inf")
-        norm = 0.0
-        acc = tl.zeros((BLOCK_D,), tl.float32)
+        member, d_range = tl.program_id(1) * MEMBERS + tl.arange(0, MEMBERS), tl.arange(0, BLOCK_D)
+        is_member, inside = member < GROUP, (member < GROUP)[:, None] & (d_range < D)[None, :]
+        best = tl.full((MEMBERS,), float("-inf"), tl.float32)
+        norm = tl.zeros((MEMBERS,), tl.float32)
+        acc = tl.zeros((MEMBERS, BLOCK_D), tl.float32)
         for start in range(low, high + 1, BLOCK_S):
             program = start + tl.arange(0, BLOCK_S)
             there = program <= high
-            slot = (2 * program + (program == low).to(tl.int32)) * GROUP + member
-            part_best = tl.load(stats + 2 * slot, mask=there, other=float("-inf"))
-            part_norm = tl.load(stats + 2 * slot + 1, mask=there, other=0.0)
-            inside = there[:, None] & (d_range[None, :] < D)
-            part = tl.load(parts + slot[:, None] * D + d_range[None, :], mask=inside, other=0.0)
+            slot = (2 * program + (program == low).to(tl.int32))[:, None] * GROUP + member[None, :]
+            known = there[:, None] & is_member[None, :]
+            part_best = tl.load(stats + 2 * slot, mask=known, other=float("-inf"))
+            part_norm = tl.load(stats + 2 * slot + 1, mask=known, other=0.0)
+            at = parts + slot[:, :, None] * D + d_range[None, None, :]
+            part = tl.load(at, mask=there[:, None, None] & inside[None, :, :], other=0.0)
             higher = tl.maximum(best, tl.max(part_best, 0))
-            factor = tl.exp2(part_best - higher)
+            # Where no part is, nothing is known: 0 keeps it a number, and it is never stored.
+            higher = tl.where(is_member, higher, 0.0)
+            factor = tl.exp2(part_best - higher[None, :])
             shrink = tl.exp2(best - higher)
             norm = norm * shrink + tl.sum(part_norm * factor, 0)
-            acc = acc * shrink + tl.sum(part * factor[:, None], 0)
+            acc = acc * shrink[:, None] + tl.sum(part * factor[:, :, None], 0)
             best = higher
         query = tl.load(query_start + row) if RAGGED else row
-        at = out + query.to(tl.int64) * out_stride + (head * GROUP + member) * D + d_range
-        tl.store(at, (acc / norm).to(out.dtype.element_ty), mask=d_range < D)
+        at = out + query.to(tl.int64) * out_stride + (head * GROUP + member)[:, None] * D + d_range[None, :]
+        tl.store(at, (acc / norm[:, None]).to(out.dtype.element_ty), mask=inside)

@@ -281,7 +281,9 @@ def decode_case(shape, dtype, arch, ragged, window):
     )
     names = ("out", "parts", "stats", "begun", "query_start")
     signature = {name: pointers[name] for name in names} | {"out_stride": "i32"}
-    yield attention._combine, signature, common | dict(BLOCK_S=16), options | dict(num_warps=4)
+    few, many = dict(BLOCK_S=16, MEMBERS=1), dict(BLOCK_S=2, MEMBERS=8)
+    for cut in (few, many):
+        yield attention._combine, signature, common | cut, options | dict(num_warps=4)
 
 
 def prefill_case(shape, dtype, arch, is_paged, window, config):
