@@ -16,6 +16,7 @@ from kernels.checks import require
 from kernels.cpu.functions import f32, fields, function, i32, i64, ptr
 from kernels.linear import PackedLinear, linear, silu_and_mul_linear
 from kernels.norm import head_rms_norm, rms_norm
+from kernels.ranks import Place, Ranks
 from kernels.rope import rope_and_cache
 
 _c_layers = function("pagoda_layers_run", ptr, i32, ptr, ptr, ptr)
@@ -151,15 +152,17 @@ class LayerStack:
         ValueError: a layer's shapes or types do not belong together; the message names the attribute.
     """
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], ranks: Ranks | None = None) -> None:
+        """With `ranks` the layers are this rank's parts, whose results are summed over all."""
         for layer in layers:
             layer.check()
-        self.layers = layers
+        self.layers, self._ranks = layers, ranks
         if layers and layers[0].qkv.data.is_cuda:
             from kernels.cuda.linear import workspace
 
             workspace(layers[0].qkv.data.device)
         in_c = all(p.address for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        in_c = in_c and ranks is None
         self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers else None
 
     @property
@@ -192,7 +195,7 @@ class LayerStack:
 
             return layer.forward(self.layers, hidden, step)
         if self._c is None or not hidden.is_cpu:
-            return step.select(hidden, forward_reference(self.layers, hidden, step))
+            return step.select(hidden, forward_reference(self.layers, hidden, step, self._ranks))
         out = torch.empty_like(hidden)
         c_step = _CStep(
             step.cos_sin.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
@@ -215,9 +218,18 @@ def _c_layer(layer: Layer) -> _CLayer:
     )  # fmt: skip
 
 
-def forward_reference(layers: list[Layer], hidden: torch.Tensor, step: Step) -> torch.Tensor:
+def forward_reference(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: Ranks | None = None
+) -> torch.Tensor:
     """What the last block adds to `hidden`, in calls of the single operations, each of which finds its own
     implementation; of all tokens."""
+
+    def room(place: Place) -> torch.Tensor | None:
+        return None if ranks is None else ranks.part(place, len(hidden), hidden.shape[1], hidden.dtype)
+
+    def summed(place: Place, part: torch.Tensor) -> torch.Tensor:
+        return part if ranks is None else ranks.summed(place, part)
+
     delta: torch.Tensor | None = None
     for layer in layers:
         _, num_kv_heads, _, dim = layer.value_cache.shape
@@ -238,7 +250,9 @@ def forward_reference(layers: list[Layer], hidden: torch.Tensor, step: Step) -> 
             q, *caches, *rows, layer.scale, sliding_window=layer.sliding_window,
             table_rows=step.table_rows, tiles=step.tiles, new_keys=k, new_values=v,
         )  # fmt: skip
-        normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
-        delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
+        part = summed(Place.ATTENDED, linear(attended.flatten(1), layer.o, room(Place.ATTENDED)))
+        normed = rms_norm(part, layer.post_norm, layer.eps, hidden)
+        fed = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down, room(Place.FED))
+        delta = summed(Place.FED, fed)
     assert delta is not None, "a stack has at least one layer"
     return delta

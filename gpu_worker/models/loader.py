@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gpu_worker.models.config import ModelConfig, ModelError, is_native, read_config
+from gpu_worker.models.shard import Part, Shard
 from gpu_worker.models.stream import Span, Streamer, StreamError
 
 DIGEST_SAMPLES = 64
@@ -41,6 +43,10 @@ Report = Callable[[int, int], None]
 
 class WeightSource(Protocol):
     """Where a model takes its tensors from, under Hugging Face's names."""
+
+    def split(self, shard: Shard) -> None:
+        """Give this rank's parts of tensors from now on: shapes are those of the parts then."""
+        ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, of this shape, in whatever dtype the source has, on the CPU. Raises ModelError."""
@@ -70,6 +76,17 @@ class Stored:
     span: Span | None = None
     """Its numbers, where they lie in the file as a device can use them."""
 
+    def cut(self, part: Part) -> Stored:
+        """The part that a rank holds, without the zeros behind it; nothing else is read where it is mapped
+        or lies in a span."""
+        shape = (*self.shape[: part.dim], part.count, *self.shape[part.dim + 1 :])
+        span, num_bytes = self.span, self.num_bytes * part.count // part.whole
+        if span is not None:
+            row = math.prod(self.shape[1:]) * span.dtype.itemsize
+            first = part.first * (span.dtype.itemsize if part.dim else row)
+            span = replace(span, offset=span.offset + first, stride=row if part.dim else 0)
+        return Stored(self.file, shape, lambda: part.of(self.read()), num_bytes, span)
+
 
 class Progress:
     """Counts the bytes that have come and says so now and then; any thread may count."""
@@ -82,7 +99,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`report` is called with the bytes done and `total`, not more often than `every` seconds."""
-        self._total, self._report, self._every, self._clock = total, report, every, clock
+        self.total, self._report, self._every, self._clock = total, report, every, clock
         self._done, self._next = 0, clock() + every
         self._lock = threading.Lock()
 
@@ -94,7 +111,7 @@ class Progress:
             if now < self._next:
                 return
             self._next = now + self._every
-        self._report(done, self._total)
+        self._report(done, self.total)
 
 
 class StoredWeights:
@@ -116,12 +133,19 @@ class StoredWeights:
         self._progress = Progress(total, report or (lambda done, of: None), REPORT_SECONDS)
         self._files: dict[str, Path] = {}
         self._streamer: Streamer | None = None
+        self._part: Callable[[str], Part | None] = lambda name: None
+
+    def split(self, shard: Shard) -> None:
+        """See `WeightSource.split`."""
+        self._part = shard.part
+        parts = ((stored, shard.part(name)) for name, stored in self._left.items())
+        self._progress.total = sum((s.cut(part) if part else s).num_bytes for s, part in parts)
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """See `WeightSource.take`."""
-        stored = self._pop(name, shape)
+        stored, part = self._pop(name, shape)
         try:
-            values = stored.read()
+            values = stored.read() if part is None else part.padded(stored.read())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise self._unreadable(stored.file, name, error) from error
         self._progress.add(stored.num_bytes)
@@ -129,7 +153,9 @@ class StoredWeights:
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """See `WeightSource.fill`."""
-        stored = self._pop(name, tuple(out.shape))
+        stored, part = self._pop(name, tuple(out.shape))
+        if part is not None and not (out := part.room(out)).numel():
+            return
         self._files[name] = stored.file
         self._streamer = self._streamer or Streamer(out.device, self._progress.add)
         try:
@@ -153,8 +179,11 @@ class StoredWeights:
             except StreamError as error:
                 raise self._unreadable(self._files[error.name], error.name, error) from error
 
-    def _pop(self, name: str, shape: tuple[int, ...]) -> Stored:
+    def _pop(self, name: str, shape: tuple[int, ...]) -> tuple[Stored, Part | None]:
+        """What there is to read for a tensor of this shape, and where it goes if that is not all of it."""
         stored = self._left.pop(name, None)
+        part = self._part(name)
+        shape = part.whole_shape(shape) if part else shape
         if stored is None:
             self._give_up()
             raise ModelError(f"{self._where}: tensor {name} is missing")
@@ -164,7 +193,7 @@ class StoredWeights:
                 f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
                 f"the config asks for {list(shape)}"
             )
-        return stored
+        return (stored.cut(part), part) if part else (stored, None)
 
     def _unreadable(self, file: Path, name: str, error: Exception) -> ModelError:
         self._give_up()
@@ -185,18 +214,32 @@ class DummyWeights:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._std = config.initializer_range
         self._seed = seed
+        self._part: Callable[[str], Part | None] = lambda name: None
+
+    def split(self, shard: Shard) -> None:
+        """See `WeightSource.split`; ranks cut what a single one would draw."""
+        self._part = shard.part
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Ones for norms, else normal numbers, float32."""
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed(self._seed_of(name))
-        return torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        part = self._part(name)
+        values = self._draw(name, torch.empty(part.whole_shape(shape) if part else shape))
+        return part.padded(part.of(values)) if part else values
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """Normal numbers, drawn where `out` is."""
+        part = self._part(name)
+        if part is None:
+            self._draw(name, out)
+        else:
+            whole = self._draw(name, out.new_empty(part.whole_shape(tuple(out.shape))))
+            part.room(out).copy_(part.of(whole))
+
+    def _draw(self, name: str, out: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(out.device).manual_seed(self._seed_of(name))
-        out.normal_(0.0, self._std, generator=generator)
+        return out.normal_(0.0, self._std, generator=generator)
 
     def finish(self) -> None:
         """Nothing can be left over."""
@@ -219,6 +262,15 @@ class ModelFiles:
     or what else `build` takes."""
     build: Callable[..., Any] | None = None
     """Makes the model, with `Llama`'s arguments; None for `Llama`."""
+
+    def shard(self, rank: int, size: int) -> Shard:
+        """What a rank holds of it. Raises ModelError where the model cannot be split."""
+        if self.build is not None and size > 1:
+            raise ModelError(
+                f"{self.path}: a model on transformers' modules cannot be split over {size} ranks: serve it "
+                "with --tensor-parallel 1, or with --model-impl native if its architecture is native"
+            )
+        return Shard.of(self.config, rank, size)
 
 
 def open_model(
