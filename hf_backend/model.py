@@ -54,6 +54,7 @@ class TransformersModel:
             torch.set_num_threads(kernels.cpu.threads())  # it is torch that multiplies
         self.config, self.vocab_size, self.num_logits = config, vocab_size, config.vocab_size
         self.rotations = torch.zeros(0, device=device)
+        self.ranks = None
         self._module, self._dtype, self._device = module.to(device), dtype, device
         names = inspect.signature(module.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import Protocol
 
@@ -26,10 +28,12 @@ class Ranks(Protocol):
     Attributes:
         rank: of this process, from 0.
         size: how many there are.
+        quiet: while set nothing is exchanged: each rank rehearses at a time of its own.
     """
 
     rank: int
     size: int
+    quiet: bool
 
     def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room [rows, width], contiguous, for this rank's part of a sum."""
@@ -43,3 +47,15 @@ class Ranks(Protocol):
     def gathered(self, columns: torch.Tensor) -> torch.Tensor:
         """[R, n] of each rank -> [R, size * n]: rank r's at columns r * n and on."""
         ...
+
+
+@contextmanager
+def alone(ranks: Ranks | None) -> Iterator[None]:
+    """What runs meanwhile is for the sake of running: nobody is waited for, and results mean nothing."""
+    if ranks is not None:
+        ranks.quiet = True
+    try:
+        yield
+    finally:
+        if ranks is not None:
+            ranks.quiet = False
