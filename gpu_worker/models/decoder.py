@@ -8,6 +8,7 @@ import torch
 
 from gpu_worker.kv_cache import KVCache
 from kernels.layer import Step
+from kernels.ranks import Ranks
 
 
 class Decoder(Protocol):
@@ -15,12 +16,14 @@ class Decoder(Protocol):
 
     Attributes:
         vocab_size: ids that there are.
-        num_logits: of a token, at least `vocab_size`.
+        num_logits: of a token, at least `vocab_size`; with `ranks` this rank's share of them.
         rotations: goes into each forward's `Step`.
+        ranks: the others that hold parts of the model; None where there are none.
     """
 
     vocab_size: int
     rotations: torch.Tensor
+    ranks: Ranks | None
 
     @property
     def num_logits(self) -> int: ...
