@@ -82,23 +82,23 @@ class Llama:
         Returns:
             Two [R, hidden_size], whose sum is each wanted token's state before the final norm.
         """
-        hidden = embedding(token_ids, self._embed) if self.ranks is None else self._embedded(token_ids)
-        return self._layers.forward(hidden.to(self._layers.residual_dtype), step)
+        hidden = self._embedded(token_ids).to(self._layers.residual_dtype)
+        return self._layers.forward(hidden, step)
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[T, hidden_size] of tokens whose rows are each on one of the ranks."""
-        assert self.ranks is not None
-        table = self._embed
-        here = token_ids - self.ranks.rank * table.out_features
+        """[T, hidden_size]; each row of the table is on one of the ranks."""
+        table, ranks = self._embed, self.ranks
+        if ranks is None:
+            return embedding(token_ids, table)
+        here = token_ids - ranks.rank * table.out_features
         row = here.clamp(0, table.out_features - 1)
-        part = self.ranks.part(Place.EMBEDDED, len(token_ids), table.in_features, table.dtype)
+        part = ranks.part(Place.EMBEDDED, len(token_ids), table.in_features, table.dtype)
         torch.where((here == row).unsqueeze(1), embedding(row, table), self._nothing, out=part)
-        return self.ranks.summed(Place.EMBEDDED, part)
+        return ranks.summed(Place.EMBEDDED, part)
 
     @property
     def num_logits(self) -> int:
-        """Of a token: at least vocab_size; with `ranks` this rank's share, those of the ids from rank *
-        num_logits on."""
+        """Of a token: at least vocab_size. With `ranks` its share, for the ids from rank * num_logits on."""
         return self._head.out_features
 
     def logits(

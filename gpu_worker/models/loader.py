@@ -76,16 +76,17 @@ class Stored:
     span: Span | None = None
     """Its numbers, where they lie in the file as a device can use them."""
 
-    def cut(self, part: Part) -> Stored:
-        """The part that a rank holds, without the zeros behind it; nothing else is read where it is mapped
-        or lies in a span."""
-        shape = (*self.shape[: part.dim], part.count, *self.shape[part.dim + 1 :])
+    def cut(self, part: Part | None) -> Stored:
+        """The same with what a rank holds of it to read: in its bytes and span without the zeros behind the
+        part. `shape` stays the whole tensor's. Where the file is mapped, no other pages are touched."""
+        if part is None:
+            return self
         span, num_bytes = self.span, self.num_bytes * part.count // part.whole
         if span is not None:
             row = math.prod(self.shape[1:]) * span.dtype.itemsize
             first = part.first * (span.dtype.itemsize if part.dim else row)
             span = replace(span, offset=span.offset + first, stride=row if part.dim else 0)
-        return Stored(self.file, shape, lambda: part.of(self.read()), num_bytes, span)
+        return replace(self, read=lambda: part.cut(self.read()), num_bytes=num_bytes, span=span)
 
 
 class Progress:
@@ -138,14 +139,13 @@ class StoredWeights:
     def split(self, shard: Shard) -> None:
         """See `WeightSource.split`."""
         self._part = shard.part
-        parts = ((stored, shard.part(name)) for name, stored in self._left.items())
-        self._progress.total = sum((s.cut(part) if part else s).num_bytes for s, part in parts)
+        self._progress.total = sum(s.cut(shard.part(name)).num_bytes for name, s in self._left.items())
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """See `WeightSource.take`."""
-        stored, part = self._pop(name, shape)
+        stored = self._pop(name, shape)
         try:
-            values = stored.read() if part is None else part.padded(stored.read())
+            values = stored.read()
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise self._unreadable(stored.file, name, error) from error
         self._progress.add(stored.num_bytes)
@@ -153,16 +153,14 @@ class StoredWeights:
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """See `WeightSource.fill`."""
-        stored, part = self._pop(name, tuple(out.shape))
-        if part is not None and not (out := part.room(out)).numel():
-            return
+        stored, part = self._pop(name, tuple(out.shape)), self._part(name)
         self._files[name] = stored.file
         self._streamer = self._streamer or Streamer(out.device, self._progress.add)
         try:
             if stored.span is None:
                 self._streamer.fill_from(name, stored.read, stored.num_bytes, out)
             else:
-                self._streamer.fill(name, stored.span, out)
+                self._streamer.fill(name, stored.span, part.room(out) if part else out)
         except OSError as error:
             raise self._unreadable(stored.file, name, error) from error
 
@@ -179,10 +177,8 @@ class StoredWeights:
             except StreamError as error:
                 raise self._unreadable(self._files[error.name], error.name, error) from error
 
-    def _pop(self, name: str, shape: tuple[int, ...]) -> tuple[Stored, Part | None]:
-        """What there is to read for a tensor of this shape, and where it goes if that is not all of it."""
-        stored = self._left.pop(name, None)
-        part = self._part(name)
+    def _pop(self, name: str, shape: tuple[int, ...]) -> Stored:
+        stored, part = self._left.pop(name, None), self._part(name)
         shape = part.whole_shape(shape) if part else shape
         if stored is None:
             self._give_up()
@@ -193,7 +189,7 @@ class StoredWeights:
                 f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
                 f"the config asks for {list(shape)}"
             )
-        return (stored.cut(part), part) if part else (stored, None)
+        return stored.cut(part)
 
     def _unreadable(self, file: Path, name: str, error: Exception) -> ModelError:
         self._give_up()
@@ -226,16 +222,14 @@ class DummyWeights:
             return torch.ones(shape)
         part = self._part(name)
         values = self._draw(name, torch.empty(part.whole_shape(shape) if part else shape))
-        return part.padded(part.of(values)) if part else values
+        return part.cut(values) if part else values
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """Normal numbers, drawn where `out` is."""
         part = self._part(name)
-        if part is None:
-            self._draw(name, out)
-        else:
-            whole = self._draw(name, out.new_empty(part.whole_shape(tuple(out.shape))))
-            part.room(out).copy_(part.of(whole))
+        drawn = self._draw(name, out.new_empty(part.whole_shape(tuple(out.shape))) if part else out)
+        if part is not None:
+            out.copy_(part.cut(drawn))
 
     def _draw(self, name: str, out: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(out.device).manual_seed(self._seed_of(name))

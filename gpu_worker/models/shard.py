@@ -35,17 +35,16 @@ class Part:
         """Of the tensor of which a rank holds this shape."""
         return (*shape[: self.dim], self.whole, *shape[self.dim + 1 :])
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The range of the whole tensor, a view."""
-        return tensor.narrow(self.dim, self.first, self.count)
-
-    def padded(self, values: torch.Tensor) -> torch.Tensor:
-        """The range with the zeros behind it."""
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """What a rank holds of a whole tensor; a view where there are no zeros."""
+        values = whole.narrow(self.dim, self.first, self.count)
         if self.count == self.size:
             return values
-        zeros = [*values.shape]
-        zeros[self.dim] = self.size - self.count
-        return torch.cat((values, values.new_zeros(zeros)), self.dim)
+        shape = [*whole.shape]
+        shape[self.dim] = self.size
+        out = whole.new_empty(shape)
+        self.room(out).copy_(values)
+        return out
 
     def room(self, out: torch.Tensor) -> torch.Tensor:
         """Where the range goes in a rank's tensor, a view; what lies behind it becomes zeros."""

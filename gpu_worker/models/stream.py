@@ -78,10 +78,10 @@ class Streamer:
             self._files[span.file] = os.open(span.file, os.O_RDONLY)
         file, step = self._files[span.file], PIECE_BYTES // span.dtype.itemsize
         if span.stride:
-            step, stride = step // out.shape[1], span.stride
+            step, stride = step // max(1, out.shape[1]), span.stride
         else:
             out, stride = out.view(-1), span.dtype.itemsize
-        for first in range(0, len(out), step):
+        for first in range(0, len(out) if out.numel() else 0, step):
             piece = replace(span, offset=span.offset + first * stride)
             self._jobs.put((name, partial(self._copy, file, piece, out[first : first + step])))
 
