@@ -35,6 +35,7 @@ import torch
 from kernels import philox
 from kernels.cpu import sample as cpu
 from kernels.cpu.build import library
+from kernels.ranks import Ranks
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: its reciprocal would carry logits out of float32's range."""
@@ -157,11 +158,13 @@ class Sampled:
 def sample(
     logits: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
     num_tokens: torch.Tensor, num_prompt: torch.Tensor, vocab_size: int, features: Features,
+    ranks: Ranks | None = None,
 ) -> Sampled:  # fmt: skip
     """Draw one token for each row.
 
     Args:
-        logits: float32 or bfloat16 [R, V], V >= vocab_size; contiguous along V. Read only.
+        logits: float32 or bfloat16 [R, V], V >= vocab_size; contiguous along V. Read only. With `ranks`, this
+            rank's V columns, a multiple of 4, of which all ranks' side by side hold vocab_size.
         slots: int64[R], the rows' slots.
         columns: how to draw, by slot.
         tokens: int32[S, L], each slot's tokens so far, prompt first.
@@ -169,6 +172,7 @@ def sample(
         num_prompt: int32[S], how many of those are the prompt; the output position is the difference.
         vocab_size: how many ids may be drawn; logits beyond are padding and are not looked at.
         features: what the rows use.
+        ranks: who has the other columns; all of them draw the same.
 
     Returns:
         The drawn tokens. A row's result depends on that row alone.
@@ -177,6 +181,8 @@ def sample(
         MemoryError: the CPU's path found no memory for its scratch buffers.
         TypeError: a tensor's dtype or layout is not as stated (CPU only).
     """
+    if ranks is not None:
+        logits = ranks.gathered(logits)
     if logits.device.type == "cuda":
         from kernels.cuda import sample as cuda
 

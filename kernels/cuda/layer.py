@@ -27,9 +27,12 @@ from kernels.cuda.rope import rope_and_cache
 if TYPE_CHECKING:
     from kernels.layer import Layer, Step
     from kernels.linear import PackedLinear
+    from kernels.ranks import Ranks
 
 
-def forward(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: Ranks | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.layer.LayerStack.forward`; arguments are checked there."""
     if hidden.shape[0] <= SKINNY_ROWS and layers[0].qkv.dtype is torch.bfloat16:
         return forward_skinny(layers, hidden, step)
