@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -197,7 +198,7 @@ class LayerStack:
         if hidden.is_cuda:
             from kernels.cuda import layer
 
-            return layer.forward(self.layers, hidden, step, self._ranks)
+            return layer.forward(self.layers, hidden, step, cast(Any, self._ranks))
         if self._c is None or not hidden.is_cpu:
             return step.select(hidden, forward_reference(self.layers, hidden, step, self._ranks))
         out = torch.empty_like(hidden)

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 
@@ -181,12 +182,13 @@ def sample(
         MemoryError: the CPU's path found no memory for its scratch buffers.
         TypeError: a tensor's dtype or layout is not as stated (CPU only).
     """
-    if ranks is not None:
-        logits = ranks.gathered(logits)
     if logits.device.type == "cuda":
         from kernels.cuda import sample as cuda
 
-        return cuda.sample(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
+        history = tokens, num_tokens, num_prompt
+        return cuda.sample(logits, slots, columns, *history, vocab_size, features, cast(Any, ranks))
+    if ranks is not None:
+        logits = ranks.gathered(logits)
     if logits.device.type != "cpu" or library() is None:
         return sample_reference(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
     sampled = _allocate(logits.shape[0], min(features.max_logprobs, vocab_size))
