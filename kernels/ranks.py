@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel group do together in a forward: each holds a part of every layer."""
+"""What the ranks of a tensor-parallel group do together in a forward, whatever carries their numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch
 
 
 class Place(IntEnum):
-    """A buffer each. One is used again only after another one's exchange, which proves that the peers have
-    read it."""
+    """Where the parts of a sum lie; each place is a buffer of its own on every rank.
+
+    A rank may write a place again only after an exchange at another one, which proves that the others have
+    read it.
+    """
 
     EMBEDDED = 0
     ATTENDED = 1
@@ -21,13 +24,12 @@ class Place(IntEnum):
 
 
 class Ranks(Protocol):
-    """What the ranks of a group do together in a forward.
-
-    All ranks call the same things in the same order with the same shapes.
+    """A group of ranks as one of them sees it. All call the same things in the same order with the same
+    shapes.
 
     Attributes:
         rank: of this process, from 0.
-        size: how many there are.
+        size: how many ranks there are.
         quiet: while set nothing is exchanged: each rank rehearses at a time of its own.
     """
 
@@ -37,16 +39,15 @@ class Ranks(Protocol):
 
     def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room [rows, width], contiguous, for this rank's part of a sum."""
-        ...
 
     def summed(self, place: Place, part: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of what `part` gave and the caller filled, of its shape and type, equal bit for
-        bit on all ranks (added in the order of ranks). May be `part` itself."""
-        ...
+        """The sum over ranks of what `part` gave and the caller filled; shape and type are the same.
+
+        It is added up in the order of ranks and equal bit for bit on all of them. It may be `part` itself.
+        """
 
     def gathered(self, columns: torch.Tensor) -> torch.Tensor:
-        """[R, n] of each rank -> [R, size * n]: rank r's at columns r * n and on."""
-        ...
+        """[R, n] of each rank side by side: [R, size * n], rank r's at columns r * n and on."""
 
 
 @contextmanager

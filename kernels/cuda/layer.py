@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,21 +24,25 @@ from kernels.cuda.linear import (
 )
 from kernels.cuda.norm import rms_norm, scale_and_square
 from kernels.cuda.rope import rope_and_cache
+from kernels.ranks import Place
 
 if TYPE_CHECKING:
+    from kernels.cuda.ranks import DeviceRanks
     from kernels.layer import Layer, Step
     from kernels.linear import PackedLinear
 
 
-def forward(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: DeviceRanks | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.layer.LayerStack.forward`; arguments are checked there."""
     if hidden.shape[0] <= SKINNY_ROWS and layers[0].qkv.dtype is torch.bfloat16:
-        return forward_skinny(layers, hidden, step)
-    return forward_wide(layers, hidden, step)
+        return forward_skinny(layers, hidden, step, ranks)
+    return forward_wide(layers, hidden, step, ranks)
 
 
 def forward_skinny(
-    layers: list[Layer], hidden: torch.Tensor, step: Step
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: DeviceRanks | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` for few rows. Every product but the last adds to `hidden` and prepares the norm behind it."""
     first, tokens = layers[0], hidden.shape[0]
@@ -48,43 +53,82 @@ def forward_skinny(
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         _project_skinny(layer, normed, step, qkv)
         _attend(layer, qkv, step, attended)
-        normed = residual_linear(attended, layer.o, hidden, layer.post_norm, normed)
+        normed = _add_skinny(attended, layer.o, hidden, layer.post_norm, normed, ranks, Place.ATTENDED)
         gated_linear(normed, layer.gate_up, activated)
         if following is not None:
-            normed = residual_linear(activated, layer.down, hidden, following.input_norm, normed)
-    skinny_linear(activated, layers[-1].down, out)
-    return step.select(hidden, out)
+            norm = following.input_norm
+            normed = _add_skinny(activated, layer.down, hidden, norm, normed, ranks, Place.FED)
+    return step.select(hidden, _last(skinny_linear, activated, layers[-1].down, out, ranks))
 
 
-def forward_wide(layers: list[Layer], hidden: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_wide(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: DeviceRanks | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` for any number of rows. Behind the last attention only the wanted ones go on."""
-    first, last, tokens = layers[0], layers[-1], hidden.shape[0]
+    first, tokens = layers[0], hidden.shape[0]
     qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
     normed, gate_up, activated = _feed_forward_rows(first, tokens)
-    for layer in layers:
-        rms_norm(hidden, layer.input_norm, layer.eps, None, normed)
+    rms_norm(hidden, first.input_norm, first.eps, None, normed)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
         wide_linear(normed, layer.qkv, qkv)
         _rotate(layer, qkv, step)
         _attend(layer, qkv, step, attended)
-        if layer is last and step.wanted is not None:  # more than all tokens, where several forks want one
+        if following is None and step.wanted is not None:  # more than all, where several forks want one
             hidden, attended = step.select(hidden, attended)
             normed, gate_up, activated = _feed_forward_rows(first, len(step.wanted))
-        _add_wide(attended, layer.o, hidden)
-        rms_norm(hidden, layer.post_norm, layer.eps, None, normed)
+        _add_wide(attended, layer.o, hidden, layer.post_norm, layer.eps, normed, ranks, Place.ATTENDED)
         wide_linear(normed, layer.gate_up, gate_up)
         silu_and_mul(gate_up, activated)
-        if layer is not last:
-            _add_wide(activated, layer.down, hidden)
-    return hidden, wide_linear(activated, last.down, torch.empty_like(hidden))
+        if following is not None:
+            norm = following.input_norm
+            _add_wide(activated, layer.down, hidden, norm, layer.eps, normed, ranks, Place.FED)
+    return hidden, _last(wide_linear, activated, layers[-1].down, torch.empty_like(hidden), ranks)
 
 
-def _add_wide(x: torch.Tensor, packed: PackedLinear, hidden: torch.Tensor) -> None:
+def _add_skinny(
+    x: torch.Tensor, packed: PackedLinear, hidden: torch.Tensor, norm: torch.Tensor, normed: Normed,
+    ranks: DeviceRanks | None, place: Place,
+) -> Normed:  # fmt: skip
+    """hidden += x W^T + bias over all ranks, and what the next norm is made of."""
+    if ranks is None:
+        return residual_linear(x, packed, hidden, norm, normed)
+    # Not rounded before they are added, as on one rank; so few rows' bytes do not matter.
+    part = skinny_linear(x, packed, _part(ranks, place, hidden, hidden.dtype))
+    ranks.add(place, part, hidden, norm, normed.eps, normed.scaled, normed.squares)
+    return normed._replace(parts=1)
+
+
+def _add_wide(
+    x: torch.Tensor, packed: PackedLinear, hidden: torch.Tensor, norm: torch.Tensor, eps: float,
+    normed: torch.Tensor, ranks: DeviceRanks | None, place: Place,
+) -> None:  # fmt: skip
+    """hidden += x W^T + bias over all ranks; its norm to `normed`."""
+    if ranks is not None:
+        part = wide_linear(x, packed, _part(ranks, place, hidden, x.dtype))
+        ranks.add(place, part, hidden, norm, eps, normed)
+        return
     if hidden.dtype is x.dtype:
         hidden.addmm_(x, packed.data.t())
     else:
         torch.addmm(hidden, x, packed.data.t(), out_dtype=hidden.dtype, out=hidden)
     if packed.bias is not None:
         hidden.add_(packed.bias)
+    rms_norm(hidden, norm, eps, None, normed)
+
+
+def _part(ranks: DeviceRanks, place: Place, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return ranks.part(place, like.shape[0], like.shape[1], dtype)
+
+
+def _last(
+    product: Callable[..., torch.Tensor], x: torch.Tensor, packed: PackedLinear, out: torch.Tensor,
+    ranks: DeviceRanks | None,
+) -> torch.Tensor:  # fmt: skip
+    """x W^T + bias over all ranks: what the last block adds."""
+    if ranks is None:
+        return product(x, packed, out)
+    dtype = out.dtype if product is skinny_linear else x.dtype
+    return ranks.summed(Place.FED, product(x, packed, _part(ranks, Place.FED, out, dtype)), out)
 
 
 def _rows(packed: PackedLinear, tokens: int, inputs: bool = False) -> torch.Tensor:

@@ -1,0 +1,309 @@
+"""`kernels.ranks` on CUDA: sums and gathers over memory that all ranks map, fused with what follows them.
+
+A rank fills its own part, and an exchange's kernel waits for the others and then reads theirs. Two ranks move
+as many bytes in this way as in any other, so they do no else; more of them leave large sums to NCCL.
+
+The wait is each program's own, for the program of the same number on every other rank. In each rank's memory
+stands, for each program and each rank, how many exchanges that program has begun there (its epoch). A program
+adds one to its count on all the others (release: whatever its rank's stream did before is seen with it) and
+reads until theirs have come as far as its own (acquire). As all ranks launch the same grids in one order,
+a program has the same epoch everywhere, whatever the grids before were. One that is ahead waits one epoch
+later, so that "as far" is enough; a difference stays right when a count wraps.
+
+When memory may be written again. A kernel that has waited for one program of a rank knows that this rank's
+stream has done all before that kernel: the signal came after `gdc_wait`, so after every kernel in front, the
+reads of earlier exchanges included. So a part may be filled once an exchange at another place has been
+waited for since: the stream runs it before the product that fills the part. An exchange whose own kernel
+writes what the others read either meets them before it writes, too (`gather_kernel`), or writes to the half
+of its room that the epoch's lowest bit names (`kernels.cuda.draw`): the program that wrote there two epochs
+ago has waited since, one epoch ago, for its only readers, which are the programs of its own number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.cuda.device import launch, traits
+from kernels.cuda.norm import warps_of
+from kernels.ranks import Place
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+PROGRAMS = 264
+"""Most programs of an exchange: two for each of 132 SMs."""
+GATHER_BLOCK = 2048
+"""Numbers that a program of a gather takes at a time."""
+GATHER_BYTES = 32 << 20
+"""Room for what is gathered at once: 100 rows of a vocabulary of 152,064 on two ranks."""
+ONE_SHOT_BYTES = 512 << 10
+"""What more than two ranks sum in one read of all parts; beyond, NCCL."""
+ALIGNMENT = 512
+
+_GATHERED = len(Place)
+
+
+@triton.jit
+def addresses(table, like, SIZE: tl.constexpr):
+    """Where each rank's memory is: int64[SIZE] as pointers of the type of `like`. They are asked for ahead of
+    a `meet`, behind which each would be waited for."""
+    pointers = ()
+    for peer in tl.static_range(SIZE):
+        pointers = pointers + (tl.multiple_of(tl.load(table + peer).to(like.dtype), 16),)
+    return pointers
+
+
+@triton.jit
+def epoch_of(own_flags, rank, SIZE: tl.constexpr):
+    """How many exchanges this program has begun."""
+    return tl.load(own_flags + tl.program_id(0) * SIZE + rank, cache_modifier=".cg")
+
+
+@triton.jit
+def meet(flags, own_flags, rank, quiet, SIZE: tl.constexpr):
+    """Returns when this program has come as far on every rank: what any of them stored before, and what the
+    kernels in front of it did, can then be read. `flags` are all ranks' addresses of theirs."""
+    if quiet == 0:
+        cell = tl.program_id(0) * SIZE
+        tl.debug_barrier()  # all threads have stored what they have
+        for peer in tl.static_range(SIZE):
+            if peer != rank:
+                tl.atomic_add(flags[peer] + cell + rank, 1, sem="release", scope="sys")
+        epoch = epoch_of(own_flags, rank, SIZE) + 1
+        for peer in tl.static_range(SIZE):
+            if peer != rank:
+                seen = tl.atomic_add(own_flags + cell + peer, 0, sem="acquire", scope="sys")
+                while seen - epoch < 0:
+                    seen = tl.atomic_add(own_flags + cell + peer, 0, sem="acquire", scope="sys")
+        tl.debug_barrier()  # no thread reads on before the one that waited has seen all
+        tl.store(own_flags + cell + rank, epoch)
+
+
+@triton.jit(do_not_specialize=["rows", "rank", "quiet"])
+def sum_kernel(
+    flags, own_flags, parts, own, hidden, weight, out, squares, rows, rank, quiet, eps,
+    SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """out = the sum of all ranks' parts [rows, DIM], in their order. With `hidden`, that is added to it, and
+    out is its RMS norm; with `squares` also, out is hidden * weight and squares the sum of its squares."""
+    column = tl.arange(0, BLOCK)
+    inside = column < DIM
+    their_flags, their_parts = addresses(flags, own_flags, SIZE), addresses(parts, own, SIZE)
+    if weight is not None:
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+    meet(their_flags, own_flags, rank, quiet, SIZE)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        place = tl.cast(row, tl.int64) * DIM + column
+        total = tl.zeros([BLOCK], tl.float32)
+        for peer in tl.static_range(SIZE):
+            # Not through L1, which is not kept equal to what others store.
+            part = tl.load(their_parts[peer] + place, mask=inside, other=0.0, cache_modifier=".cg")
+            total += part.to(tl.float32)
+        if hidden is not None:
+            total += tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+            total = total.to(hidden.dtype.element_ty)
+            tl.store(hidden + place, total, mask=inside)
+            total = total.to(tl.float32)
+            square = tl.sum(total * total, axis=0)
+            if squares is not None:
+                tl.store(squares + row, square)
+            else:
+                total *= tl.rsqrt(square / DIM + eps)
+            total *= factor
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["total", "rank", "quiet"])
+def gather_kernel(
+    flags, own_flags, rooms, own, columns, out, total, width, stride, rank, quiet,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """out [rows, SIZE * width] = all ranks' columns [rows, width], `total` numbers in all of each rank."""
+    their_flags, their_rooms = addresses(flags, own_flags, SIZE), addresses(rooms, own, SIZE)
+    first, step = tl.program_id(0) * BLOCK, tl.num_programs(0) * BLOCK
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+    meet(their_flags, own_flags, rank, quiet, SIZE)  # nobody reads any longer what was gathered before
+    for start in range(first, total, step):
+        place = start + tl.arange(0, BLOCK)
+        number = tl.load(columns + place // width * stride + place % width, mask=place < total)
+        tl.store(own + place, number, mask=place < total)
+    meet(their_flags, own_flags, rank, quiet, SIZE)
+    for start in range(first, total, step):
+        place = start + tl.arange(0, BLOCK)
+        target = out + place // width * (SIZE * width) + place % width
+        for peer in tl.static_range(SIZE):
+            number = tl.load(their_rooms[peer] + place, mask=place < total, cache_modifier=".cg")
+            tl.store(target + peer * width, number, mask=place < total)
+
+
+class Shared(NamedTuple):
+    """Memory that all ranks have alike and can reach.
+
+    Attributes:
+        own: uint8, this rank's; all zeros on all ranks by the time that it is given.
+        addresses: where this process sees each rank's.
+    """
+
+    own: torch.Tensor
+    addresses: list[int]
+
+
+def symmetric(group: ProcessGroup, size: int, device: torch.device) -> Shared:
+    """`size` bytes on each rank's device, through torch's symmetric memory. All ranks call this."""
+    import torch.distributed._symmetric_memory as memory
+
+    own = memory.empty(size, dtype=torch.uint8, device=device).zero_()
+    torch.cuda.synchronize(device)
+    handle = memory.rendezvous(own, group)  # returns when all have come here, so after their zeros
+    start = own.data_ptr() - handle.buffer_ptrs[handle.rank]
+    return Shared(own, [pointer + start for pointer in handle.buffer_ptrs])
+
+
+class Exchange(NamedTuple):
+    """What a kernel is told of an exchange.
+
+    Attributes:
+        parts: int64, where each rank's part is.
+        size: of how many ranks the kernel reads.
+        quiet: 1 when it is to wait for nobody.
+    """
+
+    parts: torch.Tensor
+    size: int
+    quiet: int
+
+
+class DeviceRanks:
+    """`kernels.ranks.Ranks` of one CUDA device a rank. Nothing here waits on the host; all can be captured.
+
+    Attributes:
+        rank: of this process.
+        size: how many ranks there are.
+        quiet: while set, nothing is signalled, waited for or sent, and parts lie in memory of this rank
+            alone, which nobody else may be reading: for what each rank runs at its own time. The kernels are
+            the same; what they give is not.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, num_rows: int, width: int, dtype: torch.dtype,
+        shared: Callable[[ProcessGroup, int, torch.device], Shared] = symmetric,
+    ) -> None:  # fmt: skip
+        """Take the memory, together with all ranks.
+
+        Args:
+            group: whose ranks these are.
+            device: this rank's.
+            num_rows: most rows of a sum or a draw.
+            width: of the widest sum.
+            dtype: of sums of more rows than a skinny product takes; up to 64 rows may be float32.
+            shared: how to come by the memory.
+        """
+        self.rank, self.size, self.quiet = group.rank(), group.size(), False
+        self._group, self._device = group, device
+        sums = width * max(num_rows * dtype.itemsize, 64 * 4)
+        draws = num_rows * 16
+        sizes = [sums, sums, sums, draws, GATHER_BYTES, PROGRAMS * self.size * 4]
+        sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+        own, addresses = shared(group, sum(sizes), device)
+        self._rooms = list(own.split(sizes))
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._tables = [torch.tensor([a + s for a in addresses], device=device) for s in starts]
+        self._own_flags = self._rooms[-1].view(torch.int32)
+
+    def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room [rows, width], contiguous, for this rank's part of a sum.
+
+        Raises:
+            ValueError: it is larger than what was taken.
+        """
+        return self._part(place, rows, width, dtype)
+
+    def summed(self, place: Place, part: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of all ranks' parts, in `out` or else in new memory; `out` may be of another float type."""
+        out = torch.empty_like(part) if out is None else out
+        self._sum(place, part, None, None, out, None, 0.0)
+        return out
+
+    def add(
+        self, place: Place, part: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, eps: float,
+        out: torch.Tensor, squares: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Adds the sum of all ranks' parts to `hidden` and prepares what comes next.
+
+        Args:
+            place: of the parts.
+            part: this rank's, [T, H].
+            hidden: [T, H] contiguous, updated.
+            weight: [H], of the norm that comes next.
+            eps: of that norm.
+            out: [T, H] contiguous; the norm's result, or with `squares` its input times the weight.
+            squares: float32[T] or more, each row's sum of squares; see `kernels.cuda.linear.Normed`.
+        """
+        self._sum(place, part, hidden, weight, out, squares, eps)
+
+    def gathered(self, columns: torch.Tensor) -> torch.Tensor:
+        """[R, n] of each rank side by side: [R, size * n]; columns have unit stride."""
+        rows, width = columns.shape
+        out = columns.new_empty(rows, self.size * width)
+        most = max(1, GATHER_BYTES // (width * columns.itemsize))
+        for first in range(0, rows, most):
+            some = columns[first : first + most]
+            own = self._part(_GATHERED, some.shape[0], width, columns.dtype)
+            exchange = self._exchange(_GATHERED, own)
+            total, overlaps = some.numel(), traits(self._device).overlaps
+            launch(
+                gather_kernel, (min(PROGRAMS, triton.cdiv(total, GATHER_BLOCK)),),
+                self._tables[-1], self._own_flags, exchange.parts, own, some, out[first : first + most],
+                total, width, some.stride(0), self.rank, exchange.quiet,
+                SIZE=exchange.size, BLOCK=GATHER_BLOCK, OVERLAPS=overlaps, overlaps=overlaps,
+            )  # fmt: skip
+        return out
+
+    def drawing(self, rows: int) -> tuple[tuple[torch.Tensor, ...], int, int]:
+        """What `kernels.cuda.draw` needs to exchange a candidate a row: flags, own flags, all ranks' rooms
+        and this rank's, int32 [rows, 2, 2]; how many ranks; whether it is quiet."""
+        own = self._part(Place.DRAWN, rows, 4, torch.int32)
+        exchange = self._exchange(Place.DRAWN, own)
+        return (self._tables[-1], self._own_flags, exchange.parts, own), exchange.size, exchange.quiet
+
+    def _part(self, place: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        size, room = rows * width * dtype.itemsize, self._rooms[place]
+        if size > len(room):
+            raise ValueError(f"{rows} rows of {width} take {size} bytes of the {len(room)} that there are")
+        if self.quiet:
+            return torch.empty(rows, width, dtype=dtype, device=self._device)
+        return room[:size].view(dtype).view(rows, width)
+
+    def _exchange(self, place: int, part: torch.Tensor) -> Exchange:
+        if self.quiet:
+            return Exchange(torch.full_like(self._tables[place], part.data_ptr()), self.size, 1)
+        return Exchange(self._tables[place], self.size, 0)
+
+    def _sum(
+        self, place: Place, part: torch.Tensor, hidden: torch.Tensor | None, weight: torch.Tensor | None,
+        out: torch.Tensor, squares: torch.Tensor | None, eps: float,
+    ) -> None:  # fmt: skip
+        rows, width = part.shape
+        exchange, overlaps = self._exchange(place, part), traits(self._device).overlaps
+        if self.size > 2 and part.nbytes > ONE_SHOT_BYTES:
+            if not self.quiet:
+                torch.distributed.all_reduce(part, group=self._group)
+            exchange = Exchange(exchange.parts[self.rank :], 1, 1)
+        launch(
+            sum_kernel, (min(rows, PROGRAMS),),
+            self._tables[-1], self._own_flags, exchange.parts, part, hidden, weight, out, squares,
+            rows, self.rank, exchange.quiet, eps,
+            SIZE=exchange.size, DIM=width, BLOCK=triton.next_power_of_2(width), OVERLAPS=overlaps,
+            overlaps=overlaps, num_warps=warps_of(width),
+        )  # fmt: skip
