@@ -71,7 +71,9 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         files = open_model(path, how, settings.seed, settings.model_impl, dtype)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
         load = place_on_cpu if device.type == "cpu" else place_on_cuda
-        limits, runner = load(settings, files, dtype, device, log)
+        if padded := files.shard(settings.rank, settings.world_size).describe():
+            log.info("the model does not divide evenly over its ranks", rank=settings.rank, **padded)
+        limits, runner = load(settings, files, dtype, device, log, group)
     except (FileNotFoundError, ModelError) as error:
         raise StartError(str(error)) from error
     except RendezvousError as error:
@@ -132,7 +134,7 @@ def _hello(
     group: str,
     incarnation: str,
 ) -> worker_pb2.Hello:
-    on_gpu = settings.device == "cuda"
+    on_gpu, shard = settings.device == "cuda", files.shard(settings.rank, settings.world_size)
     return worker_pb2.Hello(
         protocol_min=PROTOCOL,
         protocol_max=PROTOCOL,
@@ -145,7 +147,7 @@ def _hello(
         vocab_size=files.vocab_size,
         max_model_len=limits.max_len,
         block_size=limits.block_size,
-        block_bytes=block_bytes(files.config, limits.block_size, dtype),
+        block_bytes=block_bytes(shard.local, limits.block_size, dtype),
         num_device_blocks=limits.num_blocks,
         num_host_blocks=limits.num_host_blocks,
         max_slots=limits.max_slots,
