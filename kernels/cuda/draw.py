@@ -53,7 +53,7 @@ class Rows(NamedTuple):
     num_tokens: torch.Tensor
     num_prompt: torch.Tensor
     vocab_size: int
-    first: int = 0
+    first_id: int = 0
 
 
 class Split(NamedTuple):
@@ -324,7 +324,7 @@ def best_of_splits(
         scores.shape[1],
         rows.vocab_size,
         split.size,
-        rows.first,
+        rows.first_id,
         RANDOM=any_random,
         FILTERED=thresholds is not None,
         BLOCK=BLOCK,

@@ -63,10 +63,10 @@ def sample(
     if logits.stride(1) != 1:
         raise TypeError("logits must be contiguous along the vocabulary")
     plain = features == Features(any_random=features.any_random)
-    first = 0
+    first_id = 0
     if ranks is not None and plain:
-        first = ranks.rank * logits.shape[1]
-        vocab_size = max(0, min(logits.shape[1], vocab_size - first))
+        first_id = ranks.rank * logits.shape[1]
+        vocab_size = max(0, min(logits.shape[1], vocab_size - first_id))
     elif ranks is not None:
         logits, ranks = ranks.gathered(logits), None
     num_rows = logits.shape[0]
@@ -78,7 +78,7 @@ def sample(
     group = max(16, GROUP_BYTES // (64 * vocab_size) * 16) if edits or filters else max(num_rows, 1)
     for first in range(0, num_rows, group):
         part = slice(first, first + group)
-        rows = Rows(slots[part], columns, tokens, num_tokens, num_prompt, vocab_size, first)
+        rows = Rows(slots[part], columns, tokens, num_tokens, num_prompt, vocab_size, first_id)
         _sample_group(logits[part], rows, features, token_ids[part], finite[part], ranks)
     logprobs = None
     if features.max_logprobs >= 0:
