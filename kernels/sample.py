@@ -202,8 +202,9 @@ def allow(logits: torch.Tensor, masks: torch.Tensor, bits: torch.Tensor) -> None
     Args:
         logits: float32 or bfloat16 [R, V]; contiguous along V.
         masks: int32[R]: which mask is each row's; below 0 for a row that may draw anything.
-        bits: int32[G, W], contiguous: a token a bit, 32 a word, the lowest bit first; 0 rules a token out.
-            What lies beyond the last bit stays as it is.
+        bits: int32[G, W], contiguous along W: a token a bit, 32 a word, the lowest bit first; 0 rules a token
+            out. What lies beyond the last bit stays as it is. Logits that begin at a later id, a multiple of
+            32, take the words from there on.
     """
     if logits.is_cuda:
         from kernels.cuda import allow as cuda

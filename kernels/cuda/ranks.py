@@ -122,7 +122,7 @@ def sum_kernel(
         tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["total", "rank", "quiet"])
+@triton.jit(do_not_specialize=["rank", "quiet"])
 def gather_kernel(
     flags, own_flags, rooms, own, columns, out, total, width, stride, rank, quiet,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
