@@ -191,7 +191,14 @@ class Runner:
         self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,
         outputs: StepOutputs,
     ) -> None:  # fmt: skip
-        """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows."""
+        """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows.
+
+        Ranks exchange what they do in a graph of the same batch: not all of them need have it.
+        """
+        if batch.beams is None and not batch.constrained:
+            ranks = self._model.ranks
+            self._draw(logits, inputs, batch.features, drawn, outputs, ranks=ranks)
+            return
         logits = whole(self._model, logits)
         if batch.beams is not None:
             self._find(logits, batch.beams, outputs)
