@@ -2,6 +2,7 @@
 
     python -m benchmarks.oversubscription --preset qwen2.5-7b --out FILE       # about 8 minutes of an H100
     python -m benchmarks.oversubscription --device cpu --model FOLDER --dtype float32 --scale 0.2 --blocks 64
+    python -m benchmarks.oversubscription --mixes short --ways auto,oracle  # a part of it
 
 Three schedulers with a worker each, which differ in --preemption-mode alone, serve one load in turn: whatever
 drifts drifts for all. The fourth way is an admission oracle over the first of them: it knows how long
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ ORACLE = "oracle"
 SHORT, LONG, LONGEST = (64, 128), (1024, 256), 512  # prompt and answer; longest of either in the mixed load
 BAR_ORACLE, BAR_MODES = 0.90, 0.97
 OVERSUBSCRIBED = 2.0
+MIXES = ("short", "long", "mixed")
 COUNTERS = ("num_preemptions", "swapped_tokens", "recomputed_tokens")
 PACKAGES = ("torch", "triton", "grpcio", "protobuf", "numpy")
 
@@ -132,15 +134,16 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self._seed = 1_000_000
         model = options.model or config_folder(options.preset, Path(options.base), None)
-        for mode in MODES:
+        for mode in (m for m in MODES if m in options.ways or m == MODES[0]):
             services = self.services[mode] = stack.enter_context(Services(options.logs / mode))
             self._start(services, mode, model)
             self.clients[mode] = stack.enter_context(Client(services.address, options.limit_s, services))
             self.say(f"services with --preemption-mode {mode} are ready")
-        first = self.services[ORACLE] = self.services[MODES[0]]
-        self.clients[ORACLE] = stack.enter_context(
-            Oracle(first.address, options.limit_s, first, options.blocks)
-        )
+        if ORACLE in options.ways:
+            first = self.services[ORACLE] = self.services[MODES[0]]
+            self.clients[ORACLE] = stack.enter_context(
+                Oracle(first.address, options.limit_s, first, options.blocks)
+            )
 
     def _start(self, services: Services, mode: str, model: Path) -> None:
         o = self.options
@@ -179,7 +182,7 @@ class Bench:
 
     def measure(self, loads: dict[str, list[Request]]) -> None:
         """A round to warm, and then rounds of every mix in every way, the order turned in each."""
-        ways = [*MODES, ORACLE]
+        ways = self.options.ways
         for number in range(-1, self.options.repeat):
             for mix, requests in loads.items():
                 turn = number % len(ways)
@@ -192,24 +195,24 @@ class Bench:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each mix: the rates, and what `auto` is of the oracle's and of the better forced mode's."""
+    """For each mix: the rates, and what `auto` is of the oracle's and of the better forced mode's, of those
+    that were measured."""
     found = []
+    ways = {row["way"] for row in rows}
     for mix in dict.fromkeys(row["mix"] for row in rows):
         rates = {
             way: [row["tokens_per_s"] for row in rows if (row["mix"], row["way"]) == (mix, way)]
             for way in (*MODES, ORACLE)
+            if way in ways
         }
-        better = max(("swap", "recompute"), key=lambda way: statistics.median(rates[way]))
-        of_oracle = [a / b for a, b in zip(rates["auto"], rates[ORACLE], strict=True)]
-        of_better = [a / b for a, b in zip(rates["auto"], rates[better], strict=True)]
-        entry = {
-            "mix": mix,
-            "rates": {way: spread(values) for way, values in rates.items()},
-            "of_oracle": spread(of_oracle),
-            "better": better,
-            "of_better": spread(of_better),
-        }
-        entry["reached"] = entry["of_oracle"][0] >= BAR_ORACLE and entry["of_better"][0] >= BAR_MODES
+        forced = [way for way in MODES[1:] if way in ways]
+        better = max(forced, key=lambda way: statistics.median(rates[way]), default="")
+        entry = {"mix": mix, "rates": {way: spread(values) for way, values in rates.items()}}
+        entry |= {"better": better, "reached": True}
+        for key, way, bar in (("of_oracle", ORACLE, BAR_ORACLE), ("of_better", better, BAR_MODES)):
+            if {MODES[0], way} <= ways:
+                entry[key] = spread([a / b for a, b in zip(rates[MODES[0]], rates[way], strict=True)])
+                entry["reached"] &= entry[key][0] >= bar
         found.append(entry)
     return found
 
@@ -232,9 +235,22 @@ def table(found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> st
             ("the oracle", "of_oracle", BAR_ORACLE),
             (entry["better"], "of_better", BAR_MODES),
         ):
-            median, least, most = entry[key]
-            lines.append(f"  auto is {median:.3f} of {name} [{least:.3f}, {most:.3f}], bar {bar}")
+            if key in entry:
+                median, least, most = entry[key]
+                lines.append(f"  auto is {median:.3f} of {name} [{least:.3f}, {most:.3f}], bar {bar}")
     return "\n".join(lines)
+
+
+def names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A reader of some of these names with commas between them, into their order."""
+
+    def read(text: str) -> list[str]:
+        wanted = text.split(",")
+        if unknown := set(wanted) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not of {', '.join(known)}")
+        return [name for name in known if name in wanted]
+
+    return read
 
 
 def parse() -> argparse.Namespace:
@@ -253,6 +269,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batched-tokens", type=int, default=8192)
     p.add_argument("--blocks", type=int, default=3072, help="the cache's; mixes need twice as many")
     p.add_argument("--scale", type=float, default=1.0, help="of all lengths of prompts and answers")
+    p.add_argument("--mixes", type=names(MIXES), default=[*MIXES], help="which of them, with commas")
+    p.add_argument("--ways", type=names((*MODES, ORACLE)), default=[*MODES, ORACLE], help="likewise")
     p.add_argument("--repeat", type=int, default=5, help="rounds")
     p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
@@ -268,6 +286,7 @@ def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services are ended, too
     loads = mixes(options.scale, int(OVERSUBSCRIBED * options.blocks), options.slots * 2)
+    loads = {name: loads[name] for name in options.mixes}
     for name, requests in loads.items():
         print(f"{name}: {len(requests)} requests need {need(requests)} blocks of {options.blocks}")
     rows: list[dict[str, Any]] = []

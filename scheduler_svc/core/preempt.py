@@ -6,6 +6,8 @@ swapped to host memory, or computed again, but for blocks that the prefix cache 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from scheduler_svc.core.group import Group
 from scheduler_svc.core.request import NO_SLOT
 from scheduler_svc.core.worker import Worker
@@ -28,11 +30,12 @@ def lost_work(worker: Worker, group: Group) -> int:
     return sum(int(scheduled[s.slot]) for s in group.samples if s.slot != NO_SLOT)
 
 
-def choose_victim(worker: Worker) -> Group | None:
-    """The group to preempt: of the lowest priority, with the least lost work, the youngest.
+def victims(worker: Worker) -> Iterator[Group]:
+    """The groups to preempt, one after the other: of the lowest priority, with the least lost work, the
+    youngest. They are ordered once, for many may have to go in one step.
 
-    The oldest group of the highest priority is never chosen, so that someone always gets on.
+    The oldest group of the highest priority is never among them, so that someone always gets on.
     """
     protected = min(worker.running.values(), key=lambda g: g.rank, default=None)
     candidates = (g for g in worker.running.values() if g is not protected)
-    return max(candidates, key=lambda g: (g.priority, -lost_work(worker, g), g.order), default=None)
+    yield from sorted(candidates, key=lambda g: (-g.priority, lost_work(worker, g), -g.order))

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from scheduler_svc.core.group import Group
-from scheduler_svc.core.preempt import choose_victim
+from scheduler_svc.core.preempt import victims
 from scheduler_svc.core.rows import Column
 from scheduler_svc.core.stats import Stats
 from scheduler_svc.core.swap import swap_out
@@ -25,9 +25,11 @@ def make_room(worker: Worker, stats: Stats, now: float) -> Column | None:
     steps at once.
     """
     first: Group | None = None
+    candidates = victims(worker)
     while True:
         decodes = worker.rows.decoding()
         need = int(lacking(worker, decodes, 1).sum()) if decodes.size else 0
+        soon = soon_lacking(worker, decodes) - need if first is not None else 0
         need += _tail_copies(worker) if worker.shared_tails else 0
         if not decodes.size and not worker.inflight:
             # Prompts may hold all blocks between them: the oldest must be able to go on.
@@ -37,11 +39,11 @@ def make_room(worker: Worker, stats: Stats, now: float) -> Column | None:
                 need += group.blocks_needed(worker.block_size, [len(group.followers[0].tokens)])
                 need -= group.num_prompt // worker.block_size
         free = worker.allocator.num_free
-        if need + (soon_lacking(worker, decodes) if first is not None else 0) <= free:
+        if need + soon <= free:
             return decodes
         if worker.inflight:
             return None
-        victim = choose_victim(worker)
+        victim = next(candidates, None)
         if need <= free and (victim is None or (first is not None and victim.priority < first.priority)):
             return decodes  # nobody more important gives way for what is only soon
         assert victim is not None, "the oldest request does not fit the cache that it was checked against"

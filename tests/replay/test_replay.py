@@ -21,6 +21,7 @@ import pytest
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc import record
 from scheduler_svc.core import planner, preempt, room
+from scheduler_svc.core.group import Group
 from scheduler_svc.core.worker import Worker
 from tests.support import figures
 from tests.support.cluster import cluster
@@ -118,11 +119,11 @@ def test_the_command_says_so(recorded: Path) -> None:
 # ------------------------------------------------------------------------------------ changed policies
 
 
-def most_lost_work(worker: Worker) -> Any:
-    """The opposite of `choose_victim`, but for the group that is never one."""
+def most_lost_work(worker: Worker) -> Iterator[Group]:
+    """The opposite of `victims`, but for the group that is never one."""
     protected = min(worker.running.values(), key=lambda group: group.rank)
     others = [group for group in worker.running.values() if group is not protected]
-    return max(others, key=lambda group: (group.priority, preempt.lost_work(worker, group)), default=None)
+    yield from sorted(others, key=lambda group: (-group.priority, -preempt.lost_work(worker, group)))
 
 
 def no_horizon(step: Any, _: int) -> None:
@@ -138,7 +139,7 @@ def cautious(honest: Callable[[Any, Any], str]) -> Callable[[Any, Any], str]:
 @pytest.mark.parametrize(
     ("target", "name", "change", "field"),
     [
-        (room, "choose_victim", lambda _: most_lost_work, "released_slots"),
+        (room, "victims", lambda _: most_lost_work, "released_slots"),
         (planner._Step, "look_ahead", lambda _: no_horizon, "num_iterations"),
         (planner._Step, "_why_not", cautious, "new_rows"),
     ],

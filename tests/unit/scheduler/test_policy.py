@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from scheduler_svc.core import preempt
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
     Event,
@@ -16,6 +19,7 @@ from scheduler_svc.core.events import (
     WorkerAttached,
     WorkerLost,
 )
+from scheduler_svc.core.group import Group
 from scheduler_svc.core.scheduler import Scheduler
 
 
@@ -235,6 +239,26 @@ def test_lookahead_ends_before_anyone_is_preempted() -> None:
     plan = bench.must_plan()
     assert bench.core.stats.num_preemptions == 1
     assert bench.slot(young) == -1 and plan.slots == [bench.slot(old)]
+
+
+def test_no_more_are_preempted_than_room_for_some_steps_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed: list[Group] = []
+    weigh = preempt.lost_work
+    monkeypatch.setattr(
+        preempt, "lost_work", lambda worker, group: weighed.append(group) or weigh(worker, group)
+    )
+    bench = Bench(CoreConfig(max_inflight=1, prefix_cache=False), num_blocks=64, max_slots=16)
+    keys = [bench.arrive([k] * 8, max_tokens=40) for k in range(16)]
+    while not bench.core.stats.num_preemptions:
+        bench.must_plan()
+        bench.answer()
+    # All had four full blocks. Eight steps take two more of each, and ten times six are there.
+    assert [bench.slot(k) >= 0 for k in keys] == [True] * 10 + [False] * 6
+    assert len(weighed) == 15, "each is looked at once, however many go"
+    for _ in range(7):
+        bench.must_plan()
+        bench.answer()
+    assert bench.core.stats.num_preemptions == 6 and all(bench.slot(k) >= 0 for k in keys[:10])
 
 
 def test_the_oldest_group_is_never_a_victim() -> None:

@@ -62,6 +62,11 @@ def test_a_batch_of_decodes_is_found_again(count: int) -> None:
     assert inputs.query_start.tolist() == list(range(shape.rows + 1))
 
 
+def test_batches_of_many_decodes_skip_sizes_that_products_have_no_good_tile_for() -> None:
+    padding = Padding.for_graphs(max_slots=700, max_tokens=8192)
+    assert [padding.decodes(n).rows for n in (257, 321, 385, 449, 513, 641)] == [320, 384, 512, 512, 640, 700]
+
+
 def test_what_does_not_fit_is_exact() -> None:
     assert Padding().decodes(37) == Shape(37, 37, 37) and not Padding().shapes()
     for sizes in ((101, 500, 3, 1, 1), (5, 2049, 3, 1, 1), (5, 64, 3, 200, 1)):
