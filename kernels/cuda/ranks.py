@@ -55,7 +55,8 @@ def addresses(table, like, SIZE: tl.constexpr):
     a `meet`, behind which each would be waited for."""
     pointers = ()
     for peer in tl.static_range(SIZE):
-        pointers = pointers + (tl.multiple_of(tl.load(table + peer).to(like.dtype), 16),)
+        pointer = tl.multiple_of(tl.load(table + peer).to(like.dtype), 16)
+        pointers = pointers + (pointer,)  # type: ignore[assignment]  # unrolled, so the type may change
     return pointers
 
 
