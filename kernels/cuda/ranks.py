@@ -22,7 +22,7 @@ ago has waited since, one epoch ago, for its only readers, which are the program
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -55,7 +55,8 @@ def addresses(table, like, SIZE: tl.constexpr):
     a `meet`, behind which each would be waited for."""
     pointers = ()
     for peer in tl.static_range(SIZE):
-        pointers = pointers + (tl.multiple_of(tl.load(table + peer).to(like.dtype), 16),)
+        pointer = tl.multiple_of(tl.load(table + peer).to(like.dtype), 16)
+        pointers = pointers + (pointer,)  # type: ignore[assignment]  # unrolled, so the type may change
     return pointers
 
 
@@ -153,10 +154,12 @@ class Shared(NamedTuple):
     Attributes:
         own: uint8, this rank's; all zeros on all ranks by the time that it is given.
         addresses: where this process sees each rank's.
+        handle: what keeps it mapped.
     """
 
     own: torch.Tensor
     addresses: list[int]
+    handle: Any = None
 
 
 def symmetric(group: ProcessGroup, size: int, device: torch.device) -> Shared:
@@ -167,7 +170,7 @@ def symmetric(group: ProcessGroup, size: int, device: torch.device) -> Shared:
     torch.cuda.synchronize(device)
     handle = memory.rendezvous(own, group)  # returns when all have come here, so after their zeros
     start = own.data_ptr() - handle.buffer_ptrs[handle.rank]
-    return Shared(own, [pointer + start for pointer in handle.buffer_ptrs])
+    return Shared(own, [pointer + start for pointer in handle.buffer_ptrs], handle)
 
 
 class Exchange(NamedTuple):
@@ -215,10 +218,11 @@ class DeviceRanks:
         draws = num_rows * 16
         sizes = [sums, sums, sums, draws, GATHER_BYTES, PROGRAMS * self.size * 4]
         sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-        own, addresses = shared(group, sum(sizes), device)
-        self._rooms = list(own.split(sizes))
+        self._shared = shared(group, sum(sizes), device)
+        self._rooms = list(self._shared.own.split(sizes))
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._tables = [torch.tensor([a + s for a in addresses], device=device) for s in starts]
+        addresses = [[start + a for a in self._shared.addresses] for start in starts]
+        self._tables = [torch.tensor(of_ranks, device=device) for of_ranks in addresses]
         self._own_flags = self._rooms[-1].view(torch.int32)
 
     def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
