@@ -57,7 +57,9 @@ class Group:
             return HostRanks(self.rank, self.size)
         from kernels.cuda.ranks import DeviceRanks  # type: ignore[import-not-found]
 
-        return DeviceRanks(dist.group.WORLD, self.device, num_rows, width, dtype)
+        world = dist.group.WORLD
+        assert world is not None, "connect has made it"
+        return DeviceRanks(world, self.device, num_rows, width, dtype)
 
 
 def connect(settings: WorkerSettings, device: torch.device) -> Group | None:
@@ -118,6 +120,7 @@ class HostRanks:
 
     rank: int
     size: int
+    quiet: bool = False  # nobody rehearses on a CPU
 
     def part(self, place: int, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """See `Ranks.part`."""

@@ -109,7 +109,8 @@ def place_on_cuda(
     trial, config = replace(_limits(settings, files.config), num_blocks=1), _local(files, group)
     size = block_bytes(config, trial.block_size, dtype)
     pinning = ThreadPoolExecutor(1).submit(_host_memory, settings, trial, config, size, device)
-    with _compiled_ahead(files, config, dtype, trial, device, log) as rehearsal:
+    numbers = config, files.vocab_size, dtype, trial, 1 if group is None else group.size
+    with _compiled_ahead(repr(numbers), trial, device, log) as rehearsal:
         cache = KVCache(config, 1, trial.block_size, dtype, device)
         model = _model(files, cache, dtype, device, trial, log, _ranks(files, dtype, trial, group))
         rows = Rows(trial, device)
@@ -185,18 +186,15 @@ def _largest(limits: Limits) -> Shape:
 
 @contextmanager
 def _compiled_ahead(
-    files: ModelFiles,
-    config: ModelConfig,
-    dtype: torch.dtype,
+    key: str,
     limits: Limits,
     device: torch.device,
     log: structlog.stdlib.BoundLogger,
 ) -> Iterator[Callable[[Runner], None]]:
-    """Has the kernels compiled side by side, unless they are in the cache."""
+    """Has the kernels compiled side by side, unless they are in the cache. `key` is what they depend on."""
     from kernels.cuda import compile as ahead  # Triton is for CUDA alone
     from kernels.cuda.device import traits
 
-    key = repr((config, files.vocab_size, dtype, limits))
     warmer = ahead.warmer(traits(device).capability, key, len(os.sched_getaffinity(0)))
     if warmer is None:
         yield lambda runner: None
