@@ -92,7 +92,7 @@ def connect(settings: WorkerSettings, device: torch.device) -> Group | None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, TimeoutError) as error:
         who = ", ".join(missing).replace("/", " ")
-        raise RendezvousError(f"{who} of {size} is not at --rendezvous {where}: {error!r:.200}") from error
+        raise RendezvousError(f"not at --rendezvous {where}: {who} of {size} ({error!r:.200})") from error
     store.set_timeout(LOADING)
     return Group(rank, size, device, store)
 

@@ -388,8 +388,8 @@ def test_infer_is_ended_while_it_starts_and_by_sigterm(environment: dict[str, st
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["infer", "--model_type", QWEN, "--tensor_parallel_size", "2"], "tensor_parallel_size=2"),
-        (["deploy", "--model_type", QWEN, "--tensor-parallel-size=2"], "tensor_parallel_size=2"),
+        (["infer", "--model_type", QWEN, "--tensor_parallel_size", "0"], "tensor_parallel_size=0"),
+        (["deploy", "--model_type", QWEN, "--tensor-parallel-size=0"], "tensor_parallel_size=0"),
         (["infer", "--model_type", QWEN, "--template_type", "no-such"], "'no-such' is not known; there are"),
         (["infer", "--model_type", "no-such"], "model_type 'no-such' is not known; there are"),
         (["deploy", "--model_type", QWEN, "--dtype", "fp16"], "torch_dtype=float16"),
