@@ -61,13 +61,8 @@ def serve(
         Text, typer.Option(help="Whose layers to run: auto, native or transformers.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes; on a CPU they share its cores.")] = 1,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option(min=1, help="GPUs that hold the model of each worker together; on a CPU, processes."),
-    ] = 1,
-    host: Annotated[
-        str, typer.Option(help="Address of the gateway; others than loopback want a token.")
-    ] = "127.0.0.1",
+    tensor_parallel: Ranks = 1,
+    host: Host = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI routes; 0 takes any port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC service; 0 takes any port.")] = 8001,
     scheduler_port: Annotated[
