@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.launch import RENDEZVOUS_FD
+from kernels.ranks import Ranks
 
 RENDEZVOUS_S = 120.0
 # How long one rank may load and measure for, after another one has done so.
@@ -51,11 +51,11 @@ class Group:
         self.store.set(f"{what}/{self.rank}", value)
         return [self.store.get(f"{what}/{rank}").decode() for rank in range(self.size)]
 
-    def ranks(self, num_rows: int, width: int, dtype: torch.dtype) -> Any:
-        """What they do together in a forward (`kernels.ranks.Ranks`), for sums of up to [num_rows, width]."""
+    def ranks(self, num_rows: int, width: int, dtype: torch.dtype) -> Ranks:
+        """What they do together in a forward, for sums of up to [num_rows, width]."""
         if self.device.type == "cpu":
             return HostRanks(self.rank, self.size)
-        from kernels.cuda.ranks import DeviceRanks  # type: ignore[import-not-found]
+        from kernels.cuda.ranks import DeviceRanks  # Triton is for CUDA alone
 
         world = dist.group.WORLD
         assert world is not None, "connect has made it"
@@ -110,7 +110,7 @@ def _listener(host: str, port: int) -> int:
         raise RendezvousError(f"rank 0 cannot listen at --rendezvous {host}:{port}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass
 class HostRanks:
     """`kernels.ranks.Ranks` on CPUs, over the process group. See there for what each call does.
 

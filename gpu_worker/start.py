@@ -63,10 +63,10 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
     tracing = Tracing.start(settings.otlp_traces_endpoint, "worker")
     device, dtype = _device(settings), _dtype(settings)
     name = settings.served_model_name or models.served_name(settings.model)
-    identity = [settings.group_name or f"{socket.gethostname()}-{os.getpid()}", uuid.uuid4().hex]
+    who = [settings.group_name or f"{socket.gethostname()}-{os.getpid()}", uuid.uuid4().hex]
     try:
         if (group := connect(settings, device)) is not None:
-            identity = group.exchange("identity", "/".join(identity))[0].rsplit("/", 1)
+            who = group.exchange("who", "/".join(who))[0].rsplit("/", 1)  # they are what rank 0 is
         path, how = models.resolve(settings.model), settings.load_format
         files = open_model(path, how, settings.seed, settings.model_impl, dtype)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
@@ -78,7 +78,7 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
         raise StartError(str(error)) from error
     except RendezvousError as error:
         raise StartError(str(error), EXIT_RETRY) from error
-    hello = _hello(settings, files, limits, dtype, name, *identity)
+    hello = _hello(settings, files, limits, dtype, name, who)
     metrics = WorkerMetrics(name, hello.group_name)
     if settings.metrics_port and hello.rank == 0:
         _serve_metrics(metrics, settings.metrics_port)
@@ -126,13 +126,7 @@ def _serve_metrics(metrics: WorkerMetrics, port: int) -> None:
 
 
 def _hello(
-    settings: WorkerSettings,
-    files: ModelFiles,
-    limits: Limits,
-    dtype: torch.dtype,
-    name: str,
-    group: str,
-    incarnation: str,
+    settings: WorkerSettings, files: ModelFiles, limits: Limits, dtype: torch.dtype, name: str, who: list[str]
 ) -> worker_pb2.Hello:
     on_gpu, shard = settings.device == "cuda", files.shard(settings.rank, settings.world_size)
     return worker_pb2.Hello(
@@ -140,8 +134,8 @@ def _hello(
         protocol_max=PROTOCOL,
         model_name=name,
         model_digest=files.digest,
-        group_name=group,
-        incarnation=incarnation,
+        group_name=who[0],
+        incarnation=who[1],
         rank=settings.rank,
         world_size=settings.world_size,
         vocab_size=files.vocab_size,

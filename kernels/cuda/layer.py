@@ -92,8 +92,7 @@ def _add_skinny(
     """hidden += x W^T + bias over all ranks, and what the next norm is made of."""
     if ranks is None:
         return residual_linear(x, packed, hidden, norm, normed)
-    # Not rounded before they are added, as on one rank; so few rows' bytes do not matter.
-    part = skinny_linear(x, packed, _part(ranks, place, hidden, hidden.dtype))
+    part = skinny_linear(x, packed, _part(ranks, place, hidden, x.dtype))
     ranks.add(place, part, hidden, norm, normed.eps, normed.scaled, normed.squares)
     return normed._replace(parts=1)
 
@@ -127,8 +126,7 @@ def _last(
     """x W^T + bias over all ranks: what the last block adds."""
     if ranks is None:
         return product(x, packed, out)
-    dtype = out.dtype if product is skinny_linear else x.dtype
-    return ranks.summed(Place.FED, product(x, packed, _part(ranks, Place.FED, out, dtype)), out)
+    return ranks.summed(Place.FED, product(x, packed, _part(ranks, Place.FED, out, x.dtype)), out)
 
 
 def _rows(packed: PackedLinear, tokens: int, inputs: bool = False) -> torch.Tensor:

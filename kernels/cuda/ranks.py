@@ -209,13 +209,12 @@ class DeviceRanks:
             device: this rank's.
             num_rows: most rows of a sum or a draw.
             width: of the widest sum.
-            dtype: of sums of more rows than a skinny product takes; up to 64 rows may be float32.
+            dtype: of the sums.
             shared: how to come by the memory.
         """
         self.rank, self.size, self.quiet = group.rank(), group.size(), False
         self._group, self._device = group, device
-        sums = width * max(num_rows * dtype.itemsize, 64 * 4)
-        draws = num_rows * 16
+        sums, draws = width * num_rows * dtype.itemsize, num_rows * 16
         sizes = [sums, sums, sums, draws, GATHER_BYTES, PROGRAMS * self.size * 4]
         sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self._shared = shared(group, sum(sizes), device)

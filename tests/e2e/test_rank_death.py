@@ -1,6 +1,7 @@
 """A rank of two that dies while streams run: its group ends, comes back whole, and no token is lost.
 
-fp32, greedy and seeded requests and groups of samples, under the supervisor of `make cluster`. What is
+fp32, greedy and seeded requests and groups of samples, under the supervisor of `make cluster`. A rank or the
+process that started them is killed at a random moment, one run after another. What is
 compared is a run that nobody disturbed; differences are excused as in the exactness tests.
 """
 
@@ -73,13 +74,14 @@ def test_any_rank_killed_at_any_point(tmp_path: Path) -> None:
                 await streams.until_prefill()
             else:
                 await streams.until_tokens(round(part * 0.9 * num_tokens))
-            before, pids = running.epochs(), ranks(running.pid("worker-0"))
-            assert len(pids) == RANKS
-            rank = chance.randrange(RANKS)
-            moments.append((rank, streams.num_tokens))
-            os.kill(pids[rank], signal.SIGKILL)
+            before, parent = running.epochs(), running.pid("worker-0")
+            pids = [*ranks(parent), parent]
+            assert len(pids) == RANKS + 1
+            victim = chance.randrange(RANKS + 1)
+            moments.append(("parent" if victim == RANKS else victim, streams.num_tokens))
+            os.kill(pids[victim], signal.SIGKILL)
             await asyncio.to_thread(
-                wait_until, lambda: all(map(gone, pids)), GONE_S, "no rank outlives another"
+                wait_until, lambda: all(map(gone, pids)), GONE_S, "nobody outlives another"
             )
             await asyncio.to_thread(running.wait_attached, before)
 

@@ -32,6 +32,7 @@ except parallel.RendezvousError as error:
     os._exit(1)
 """
 ADDS = """
+torch.inference_mode().__enter__()
 said = group.exchange("name", f"rank {rank}")
 ranks, found = group.ranks(100, 576, torch.bfloat16), {}
 for dtype in (torch.float32, torch.bfloat16):
