@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.models.config import ModelConfig, ModelError, RopeConfig
+from benchmarks.gpu_models import PRESETS, config_folder, tensor_shapes
+from gpu_worker.kv_cache import block_bytes
+from gpu_worker.models.config import ModelConfig, ModelError, RopeConfig, read_config
 from gpu_worker.models.loader import open_model
 from gpu_worker.models.shard import Part, Shard
 
@@ -140,3 +144,23 @@ def test_transformers_modules_are_refused(tiny) -> None:
         ModelError, match=r"cannot be split over 2 ranks.*--tensor-parallel 1.*--model-impl native"
     ):
         files.shard(1, 2)
+
+
+def test_a_rank_holds_half_of_a_7b_shape(tmp_path: Path) -> None:
+    """Within 3 %: what is replicated are the norms."""
+    raw = PRESETS["qwen2.5-7b"]
+    config = read_config(config_folder("qwen2.5-7b", tmp_path))
+    shapes = dict(tensor_shapes(raw))
+    whole = sum(map(math.prod, shapes.values()))
+    for rank in range(2):
+        shard = Shard.of(config, rank, 2)
+        assert not shard.describe()
+        parts = {name: shard.part(name) for name in shapes}
+        own = sum(
+            math.prod(shape) if (part := parts[name]) is None else math.prod(shape) * part.size // part.whole
+            for name, shape in shapes.items()
+        )
+        assert own == pytest.approx(whole / 2, rel=0.03)
+        assert all("norm" in name for name, part in parts.items() if part is None)
+        sizes = [block_bytes(c, 16, torch.bfloat16) for c in (config, shard.local)]
+        assert sizes[0] == 2 * sizes[1]
