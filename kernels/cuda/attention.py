@@ -4,9 +4,9 @@ Decode attention reads every key and value once and computes little, so what cou
 the time. The context of all rows and kv heads is cut into tiles, the tiles are dealt out in equal shares to a
 fixed number of programs (each counts the tiles itself from the lengths on the device), and what a
 program has of a head that it shares with others goes to a workspace, to be combined (flash-decoding, Dao et
-al. 2023): by whichever program comes last to that head where rows are many, which costs less than a launch
-(2.2 of 12.4 us with 64 rows of a 0.5B shape, 5.9 of 22 of half a 7B one); for few rows, whose heads have many
-parts, by programs of their own. A kv head's group of query heads is one tile of the tensor cores.
+al. 2023): by whichever program comes last to that head where it has few parts, which costs less than a launch
+(4.2 of 14.3 us with 64 rows of a 0.5B shape); where it has many, by programs of their own, side by side. A kv
+head's group of query heads is one tile of the tensor cores.
 
 A share is counted in units of a tile's time. To begin a head costs some, too: a chain of loads that depend on
 each other, with nothing on its way meanwhile. Counting only tiles, the few programs to which the short rows
@@ -29,6 +29,8 @@ from kernels.cuda.device import launch, traits
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Up to so many rows most programs begin one head at most.
 FEW_ROWS = 4
+# Of a head: so few are joined by the program that comes last to it.
+FEW_PARTS = 4
 MOST_PROGRAMS = 1024
 
 
@@ -124,7 +126,7 @@ def decode(
     programs = min(config.per_sm * device.multiprocessors, most)
     parts = torch.empty((2 * programs, group, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((2 * programs, group, 2), dtype=torch.float32, device=q.device)
-    joined = rows > FEW_ROWS
+    joined = FEW_PARTS * rows * num_kv_heads >= programs
     begun = torch.empty((programs, 2), dtype=torch.int32, device=q.device) if not joined else None
     common = dict(
         HK=num_kv_heads, GROUP=group, D=dim, BLOCK_D=triton.next_power_of_2(dim), RAGGED=ragged,
