@@ -213,6 +213,25 @@ def test_programs_answer_as_the_openai_route_does(
         assert info["tokens/s"] == pytest.approx(info["num_generated_tokens"] / info["runtime"])
 
 
+def test_two_cards_answer_as_one(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document's second case: both cards are named in Python, and the engine is told how many."""
+    source = (EXAMPLES / "swift_two_cards.py").read_text()
+    assert source.count(two := "tensor_parallel_size=2") == 1
+    monkeypatch.setattr(sys, "argv", ["program"])
+    answers = {}
+    for size in (2, 1):
+        printed, variables = run(source.replace(two, f"tensor_parallel_size={size}"))
+        engine = variables["engine"]
+        try:
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+            log = next(engine._cluster._folder.glob("logs/worker-0.log")).read_text()
+            answers[size] = printed, log.count('"event": "attached"')
+        finally:
+            engine.close()
+    assert answers[2][0] == answers[1][0] and "response: The capital of France is Paris.\n" in answers[2][0]
+    assert [answers[size][1] for size in (1, 2)] == [1, 2], "each rank attaches"
+
+
 def test_an_example_runs_as_its_users_run_it_and_leaves_nothing(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
