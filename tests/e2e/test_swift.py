@@ -216,7 +216,8 @@ def test_programs_answer_as_the_openai_route_does(
 def test_two_cards_answer_as_one(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The document's second case: both cards are named in Python, and the engine is told how many."""
     source = (EXAMPLES / "swift_two_cards.py").read_text()
-    assert source.count(two := "tensor_parallel_size=2") == 1
+    two = "tensor_parallel_size=2"
+    assert source.count(two) == 1
     monkeypatch.setattr(sys, "argv", ["program"])
     answers = {}
     for size in (2, 1):
