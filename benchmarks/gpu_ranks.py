@@ -30,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_facts import facts
 from kernels.cuda import ranks as module
 from kernels.cuda.compile import use_cache
+from kernels.cuda.linear import skinny_linear
 from kernels.cuda.norm import rms_norm
 from kernels.cuda.ranks import DeviceRanks
 from kernels.cuda.sample import sample
+from kernels.linear import pack
 from kernels.ranks import Place
 from kernels.sample import Features, SamplingColumns
 
@@ -96,11 +98,12 @@ class Rounds:
         none = torch.zeros(300, dtype=torch.int32, device=rank.device)
         self.history = torch.zeros(300, 4, dtype=torch.int32, device=rank.device), none + 3, none
         self.columns, self.slots = columns, torch.arange(300, device=rank.device)
+        self.identity = pack(torch.eye(WIDTH, dtype=BF16, device=rank.device))
         self.iteration = self.capture()
 
     @property
     def kinds(self) -> tuple[Callable[[], list[torch.Tensor]], ...]:
-        return self.plain, self.skinny, self.wide, self.gather, self.draw, self.graph
+        return self.plain, self.skinny, self.pushed, self.wide, self.gather, self.draw, self.graph
 
     def run(self, number: int) -> dict[str, Any]:
         """So many rounds."""
@@ -153,6 +156,22 @@ class Rounds:
         wrong = (hidden != exact).sum() + (out != exact.to(BF16)).sum()
         wrong += ((squares[0] / exact.pow(2).sum(1) - 1).abs() > 1e-5).sum()
         return [hidden, out, squares, wrong]
+
+    def pushed(self) -> list[torch.Tensor]:
+        """Parts that a product, with one on its diagonal, writes to all ranks itself."""
+        rows, my = self.dice.randint(1, SKINNY_ROWS), self.my
+        every, place = my.randn(my.size, rows, WIDTH, dtype=BF16), my.other_place()
+        slots = my.ranks.slots(place, rows, WIDTH, BF16)
+        part = skinny_linear(every[my.rank], self.identity, slots.own, remotes=slots.remotes)
+        hidden = my.randn(rows, WIDTH)
+        exact, out = hidden.clone(), torch.empty(rows, WIDTH, dtype=BF16, device=my.device)
+        total = torch.zeros_like(hidden)
+        for one in every:
+            total += one.float()
+        exact += total
+        squares = torch.empty(1, rows, device=my.device)
+        my.ranks.add(place, part, hidden, my.weight, EPS, out, squares, slots.parts)
+        return [hidden, out, squares, (hidden != exact).sum() + (out != exact.to(BF16)).sum()]
 
     def wide(self) -> list[torch.Tensor]:
         rows = self.rows(3000)
@@ -265,6 +284,8 @@ class Times:
         self.hidden = torch.zeros(MOST_ROWS, WIDTH, device=rank.device)
         self.residual, self.out = (torch.zeros_like(self.common) for _ in range(2))
         self.squares = torch.zeros(1, SKINNY_ROWS, device=rank.device)
+        self.o = pack(torch.zeros(WIDTH, WIDTH // 2, dtype=BF16, device=rank.device))
+        self.attended = torch.zeros(SKINNY_ROWS, WIDTH // 2, dtype=BF16, device=rank.device)
 
     def fused(self, rows: int, dtype: torch.dtype) -> Callable[[int], None]:
         my, squares = self.my, self.squares if rows <= SKINNY_ROWS else None
@@ -273,6 +294,21 @@ class Times:
             place = PLACES[1 + i % 2]
             part = my.ranks.part(place, rows, WIDTH, dtype)
             my.ranks.add(place, part, self.hidden[:rows], my.weight, EPS, self.out[:rows], squares)
+
+        return run
+
+    def product(self, rows: int, is_pushed: bool) -> Callable[[int], None]:
+        """A product of few rows in front, whose part is read from afar or pushed."""
+        my, ranks = self.my, self.my.ranks
+
+        def run(i: int) -> None:
+            place = PLACES[1 + i % 2]
+            slots = ranks.slots(place, rows, WIDTH, BF16) if is_pushed else None
+            own = slots.own if slots else ranks.part(place, rows, WIDTH, BF16)
+            remotes, parts = (slots.remotes, slots.parts) if slots else (None, None)
+            part = skinny_linear(self.attended[:rows], self.o, own, remotes=remotes)
+            hidden, out = self.hidden[:rows], self.out[:rows]
+            ranks.add(place, part, hidden, my.weight, EPS, out, self.squares, parts)
 
         return run
 
@@ -298,6 +334,8 @@ class Times:
         found = {"fused bf16": self.fused(rows, BF16)}
         if rows <= SKINNY_ROWS:
             found["fused fp32"] = self.fused(rows, F32)
+            found["product, fused"] = self.product(rows, is_pushed=False)
+            found["product that pushes, fused"] = self.product(rows, is_pushed=True)
         found["one-shot"], found["two-shot"] = self.one_shot(rows), self.two_shot(rows)
         return found | {"NCCL": self.nccl(rows)}
 

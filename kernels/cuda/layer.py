@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +57,11 @@ def forward_skinny(
         if following is not None:
             norm = following.input_norm
             normed = _add_skinny(activated, layer.down, hidden, norm, normed, ranks, Place.FED)
-    return step.select(hidden, _last(skinny_linear, activated, layers[-1].down, out, ranks))
+    if ranks is None:
+        return step.select(hidden, skinny_linear(activated, layers[-1].down, out))
+    slots = ranks.slots(Place.FED, hidden.shape[0], hidden.shape[1], activated.dtype)
+    part = skinny_linear(activated, layers[-1].down, slots.own, remotes=slots.remotes)
+    return step.select(hidden, ranks.summed(Place.FED, part, out, slots.parts))
 
 
 def forward_wide(
@@ -82,7 +85,11 @@ def forward_wide(
         if following is not None:
             norm = following.input_norm
             _add_wide(activated, layer.down, hidden, norm, layer.eps, normed, ranks, Place.FED)
-    return hidden, _last(wide_linear, activated, layers[-1].down, torch.empty_like(hidden), ranks)
+    out = torch.empty_like(hidden)
+    if ranks is None:
+        return hidden, wide_linear(activated, layers[-1].down, out)
+    part = wide_linear(activated, layers[-1].down, _part(ranks, Place.FED, out, activated.dtype))
+    return hidden, ranks.summed(Place.FED, part, out)
 
 
 def _add_skinny(
@@ -92,8 +99,9 @@ def _add_skinny(
     """hidden += x W^T + bias over all ranks, and what the next norm is made of."""
     if ranks is None:
         return residual_linear(x, packed, hidden, norm, normed)
-    part = skinny_linear(x, packed, _part(ranks, place, hidden, x.dtype))
-    ranks.add(place, part, hidden, norm, normed.eps, normed.scaled, normed.squares)
+    slots = ranks.slots(place, hidden.shape[0], hidden.shape[1], x.dtype)
+    part = skinny_linear(x, packed, slots.own, remotes=slots.remotes)
+    ranks.add(place, part, hidden, norm, normed.eps, normed.scaled, normed.squares, slots.parts)
     return normed._replace(parts=1)
 
 
@@ -117,16 +125,6 @@ def _add_wide(
 
 def _part(ranks: DeviceRanks, place: Place, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ranks.part(place, like.shape[0], like.shape[1], dtype)
-
-
-def _last(
-    product: Callable[..., torch.Tensor], x: torch.Tensor, packed: PackedLinear, out: torch.Tensor,
-    ranks: DeviceRanks | None,
-) -> torch.Tensor:  # fmt: skip
-    """x W^T + bias over all ranks: what the last block adds."""
-    if ranks is None:
-        return product(x, packed, out)
-    return ranks.summed(Place.FED, product(x, packed, _part(ranks, Place.FED, out, x.dtype)), out)
 
 
 def _rows(packed: PackedLinear, tokens: int, inputs: bool = False) -> torch.Tensor:

@@ -199,17 +199,20 @@ def _cut(x: torch.Tensor, packed: PackedLinear, tile: Tile | None) -> tuple[Tile
 
 
 def skinny_linear(
-    x: torch.Tensor | Normed, packed: PackedLinear, out: torch.Tensor, tile: Tile | None = None
-) -> torch.Tensor:
-    """x W^T + bias of few rows, [T, N]; x contiguous rows or those of a norm."""
+    x: torch.Tensor | Normed, packed: PackedLinear, out: torch.Tensor, tile: Tile | None = None,
+    remotes: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x W^T + bias of few rows, [T, N]; x contiguous rows or those of a norm. With `remotes`, int64, it is
+    written to each of these addresses, of memory laid out like `out`, one of which is `out`'s own."""
     squares, parts, eps = None, 0, 0.0
     if isinstance(x, Normed):
         x, squares, parts, eps = x
     tile, grid, options = _cut(x, packed, tile)
     launch(
-        skinny.linear_kernel, grid, x, packed.data, packed.bias, squares, out, *workspace(x.device),
+        skinny.linear_kernel, grid, x, packed.data, packed.bias, squares, out, remotes, *workspace(x.device),
         x.shape[0], packed.out_features, packed.in_features, parts, x.stride(0), out.stride(0), eps,
-        PARTS=triton.next_power_of_2(parts) if parts else 1, **options,
+        PARTS=triton.next_power_of_2(parts) if parts else 1, RANKS=0 if remotes is None else len(remotes),
+        **options,
     )  # fmt: skip
     return out
 

@@ -1,7 +1,9 @@
 """`kernels.ranks` on CUDA: sums and gathers over memory that all ranks map, fused with what follows them.
 
 A rank fills its own part, and an exchange's kernel waits for the others and then reads theirs. Two ranks move
-as many bytes in this way as in any other, so they do no else; more of them leave large sums to NCCL.
+as many bytes in this way as in any other, so they do no else; more of them leave large sums to NCCL. Parts of
+few rows are written to all ranks by the product itself: what the exchange reads is in its own memory then, and
+the way there is over while the kernel that follows still waits.
 
 The wait is each program's own, for the program of the same number on every other rank. In each rank's memory
 stands, for each program and each rank, how many exchanges that program has begun there (its epoch). A program
@@ -46,7 +48,11 @@ ONE_SHOT_BYTES = 512 << 10
 """What more than two ranks sum in one read of all parts; beyond, NCCL."""
 ALIGNMENT = 512
 
+PUSHED_ROWS = 64
+"""Up to so many rows a product writes its part to all ranks itself: these read what is near, and sooner."""
+
 _GATHERED = len(Place)
+_SLOTS = _GATHERED + 1
 
 
 @triton.jit
@@ -187,6 +193,20 @@ class Exchange(NamedTuple):
     quiet: int
 
 
+class Slots(NamedTuple):
+    """Where a product of few rows leaves its part: in its rank's slot in the memory of every rank.
+
+    Attributes:
+        own: [T, H], this rank's slot in its own memory.
+        remotes: int64[size], where it is on each rank.
+        parts: int64[size], where each rank's slot is in this rank's memory.
+    """
+
+    own: torch.Tensor
+    remotes: torch.Tensor
+    parts: torch.Tensor
+
+
 class DeviceRanks:
     """`kernels.ranks.Ranks` of one CUDA device a rank. Nothing here waits on the host; all can be captured.
 
@@ -215,7 +235,9 @@ class DeviceRanks:
         self.rank, self.size, self.quiet = group.rank(), group.size(), False
         self._group, self._device = group, device
         sums, draws = width * num_rows * dtype.itemsize, num_rows * 16
-        sizes = [sums, sums, sums, draws, GATHER_BYTES, PROGRAMS * self.size * 4]
+        self._slot_bytes = -(-PUSHED_ROWS * width * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        slots = [self._slot_bytes * self.size] * 3
+        sizes = [sums, sums, sums, draws, GATHER_BYTES, *slots, PROGRAMS * self.size * 4]
         sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self._shared = shared(group, sum(sizes), device)
         self._rooms = list(self._shared.own.split(sizes))
@@ -223,6 +245,11 @@ class DeviceRanks:
         addresses = [[start + a for a in self._shared.addresses] for start in starts]
         self._tables = [torch.tensor(of_ranks, device=device) for of_ranks in addresses]
         self._own_flags = self._rooms[-1].view(torch.int32)
+        steps = self._slot_bytes * torch.arange(self.size, device=device)
+        self._slots = [
+            (self._tables[i] + steps[self.rank], steps + self._rooms[i].data_ptr())
+            for i in range(_SLOTS, _SLOTS + 3)
+        ]
 
     def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room [rows, width], contiguous, for this rank's part of a sum.
@@ -232,15 +259,32 @@ class DeviceRanks:
         """
         return self._part(place, rows, width, dtype)
 
-    def summed(self, place: Place, part: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of all ranks' parts, in `out` or else in new memory; `out` may be of another float type."""
+    def slots(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> Slots:
+        """Room for the part of a sum of at most `PUSHED_ROWS` rows, which is to be written on all ranks."""
+        room = self._rooms[_SLOTS + place]
+        if self.quiet:
+            room = torch.empty_like(room)
+            first = room.data_ptr()
+            steps = torch.arange(first, first + len(room), self._slot_bytes, device=self._device)
+            remotes = parts = steps
+        else:
+            remotes, parts = self._slots[place]
+        own = room[self.rank * self._slot_bytes :][: rows * width * dtype.itemsize]
+        return Slots(own.view(dtype).view(rows, width), remotes, parts)
+
+    def summed(
+        self, place: Place, part: torch.Tensor, out: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The sum of all ranks' parts, in `out` or else in new memory; `out` may be of another float type.
+        `parts` are those of `slots`."""
         out = torch.empty_like(part) if out is None else out
-        self._sum(place, part, None, None, out, None, 0.0)
+        self._sum(place, part, None, None, out, None, 0.0, parts)
         return out
 
     def add(
         self, place: Place, part: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, eps: float,
-        out: torch.Tensor, squares: torch.Tensor | None = None,
+        out: torch.Tensor, squares: torch.Tensor | None = None, parts: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Adds the sum of all ranks' parts to `hidden` and prepares what comes next.
 
@@ -252,8 +296,9 @@ class DeviceRanks:
             eps: of that norm.
             out: [T, H] contiguous; the norm's result, or with `squares` its input times the weight.
             squares: float32[T] or more, each row's sum of squares; see `kernels.cuda.linear.Normed`.
+            parts: those of `slots`, where `part` is one of them.
         """
-        self._sum(place, part, hidden, weight, out, squares, eps)
+        self._sum(place, part, hidden, weight, out, squares, eps, parts)
 
     def gathered(self, columns: torch.Tensor) -> torch.Tensor:
         """[R, n] of each rank side by side: [R, size * n]; columns have unit stride."""
@@ -295,11 +340,13 @@ class DeviceRanks:
 
     def _sum(
         self, place: Place, part: torch.Tensor, hidden: torch.Tensor | None, weight: torch.Tensor | None,
-        out: torch.Tensor, squares: torch.Tensor | None, eps: float,
+        out: torch.Tensor, squares: torch.Tensor | None, eps: float, parts: torch.Tensor | None,
     ) -> None:  # fmt: skip
         rows, width = part.shape
         exchange, overlaps = self._exchange(place, part), traits(self._device).overlaps
-        if self.size > 2 and part.nbytes > ONE_SHOT_BYTES:
+        if parts is not None:
+            exchange = exchange._replace(parts=parts)
+        elif self.size > 2 and part.nbytes > ONE_SHOT_BYTES:
             if not self.quiet:
                 torch.distributed.all_reduce(part, group=self._group)
             exchange = Exchange(exchange.parts[self.rank :], 1, 1)

@@ -13,7 +13,7 @@ from tests.support import triton as support
 
 pytest.importorskip("triton")
 
-from kernels.cuda import draw
+from kernels.cuda import draw, skinny
 from kernels.cuda import ranks as module
 from kernels.cuda import sample as cuda_sample
 from kernels.cuda.ranks import DeviceRanks, Shared
@@ -307,7 +307,7 @@ COMBINE = COMMON | {
 }  # fmt: skip
 HIDDEN = {"hidden": "*fp32", "weight": "*bf16", "out": "*bf16"}
 SUM_FORMS = {
-    "skinny": ({"own": "*fp32", "squares": "*fp32"} | HIDDEN, {}),
+    "skinny": ({"own": "*bf16", "squares": "*fp32"} | HIDDEN, {}),
     "wide": ({"own": "*bf16"} | HIDDEN, {"squares": None}),
     "plain": ({"own": "*bf16", "out": "*bf16"}, {"hidden": None, "weight": None, "squares": None}),
 }
@@ -337,3 +337,21 @@ def test_kernels_compile_for(arch):
         assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch") == launches_early
         if kernel is not draw.combine_ranks_kernel:
             assert "ld.global.cg.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("arch", support.ARCHS)
+@pytest.mark.parametrize("split", [1, 3])
+def test_products_that_write_to_all_ranks_compile_for(arch, split):
+    pointers = dict.fromkeys(("x", "weight", "out"), "*bf16") | {"remotes": "*i64"}
+    pointers |= {"partial": "*fp32", "arrivals": "*i32"}
+    integers = dict.fromkeys(("M", "N", "K", "count", "stride_x", "stride_out"), "i32")
+    constants = {
+        "bias": None, "squares": None, "PARTS": 1, "BM": 64, "BN": 32, "BK": 128, "SPLIT": split,
+        "WHOLE": True, "SWAP": False, "SPAN": 256 if arch >= 90 else 0, "OVERLAPS": arch >= 90, "RANKS": 2,
+    }  # fmt: skip
+    options = {"num_stages": 3} | ({"launch_pdl": True} if arch >= 90 else {})
+    types = pointers | integers | {"eps": "fp32"}
+    divisible = ["N", "K", "stride_x", "stride_out"]
+    compiled = support.compile_for(skinny.linear_kernel, arch, types, constants, options, divisible)
+    assert compiled.spilled == 0
+    assert compiled.asm["ptx"].count("ld.global.b64") >= 2, "where the ranks' memory is"
