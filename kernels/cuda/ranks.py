@@ -2,8 +2,8 @@
 
 A rank fills its own part, and an exchange's kernel waits for the others and then reads theirs. Two ranks move
 as many bytes in this way as in any other, so they do no else; more of them leave large sums to NCCL. Parts of
-few rows are written to all ranks by the product itself: what the exchange reads is in its own memory then, and
-the way there is over while the kernel that follows still waits.
+few rows are written to all ranks by the product itself: what the exchange reads lies near then, and the way
+there is over while the kernel that follows still waits.
 
 The wait is each program's own, for the program of the same number on every other rank. In each rank's memory
 stands, for each program and each rank, how many exchanges that program has begun there (its epoch). A program
