@@ -55,6 +55,7 @@ class Rank:
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank)
+        module.CARRIED_ROWS, module.PIECE_ROWS = 4, 1  # few rows, so that many rounds have some
         module.PROGRAMS, usual = max(PROGRAMS), module.PROGRAMS
         self.ranks = DeviceRanks(dist.group.WORLD, self.device, MOST_ROWS, WIDTH, BF16)
         module.PROGRAMS = usual
@@ -103,7 +104,8 @@ class Rounds:
 
     @property
     def kinds(self) -> tuple[Callable[[], list[torch.Tensor]], ...]:
-        return self.plain, self.skinny, self.pushed, self.wide, self.gather, self.draw, self.graph
+        kinds = self.plain, self.skinny, self.pushed, self.wide, self.gather, self.draw, self.graph
+        return (*kinds, self.carried) if self.my.size == 2 else kinds
 
     def run(self, number: int) -> dict[str, Any]:
         """So many rounds."""
@@ -158,20 +160,13 @@ class Rounds:
         return [hidden, out, squares, wrong]
 
     def pushed(self) -> list[torch.Tensor]:
-        """Parts that a product, with one on its diagonal, writes to all ranks itself."""
+        """Parts that a product by one writes to all ranks itself."""
         rows, my = self.dice.randint(1, SKINNY_ROWS), self.my
-        every, place = my.randn(my.size, rows, WIDTH, dtype=BF16), my.other_place()
+        place, part, total = self.parts(rows, WIDTH, BF16)
         slots = my.ranks.slots(place, rows, WIDTH, BF16)
-        part = skinny_linear(every[my.rank], self.identity, slots.own, remotes=slots.remotes)
-        hidden = my.randn(rows, WIDTH)
-        exact, out = hidden.clone(), torch.empty(rows, WIDTH, dtype=BF16, device=my.device)
-        total = torch.zeros_like(hidden)
-        for one in every:
-            total += one.float()
-        exact += total
-        squares = torch.empty(1, rows, device=my.device)
-        my.ranks.add(place, part, hidden, my.weight, EPS, out, squares, slots.parts)
-        return [hidden, out, squares, (hidden != exact).sum() + (out != exact.to(BF16)).sum()]
+        skinny_linear(part, self.identity, slots.own, remotes=slots.remotes)
+        result = my.ranks.summed(place, slots.own, parts=slots.parts)
+        return [result, (result != total.to(BF16)).sum()]
 
     def wide(self) -> list[torch.Tensor]:
         rows = self.rows(3000)
@@ -182,6 +177,33 @@ class Rounds:
         normed = exact * torch.rsqrt(exact.pow(2).mean(1, keepdim=True) + EPS)
         wrong = (hidden != exact).sum() + ((out - normed).abs() > 0.02 * normed.abs() + 1e-3).sum()
         return [hidden, out, wrong]
+
+    def carried(self) -> list[torch.Tensor]:
+        """Up to eight behind each other at two places, as in a stack, with products meanwhile; at times one
+        with other exchanges between bringing and adding. A sum at a third place is the last."""
+        rows, mixed = max(4, self.rows(3000)), self.dice.random() < 0.3
+        hidden = self.my.randn(rows, WIDTH)
+        exact, out = hidden.clone(), torch.empty(rows, WIDTH, dtype=BF16, device=self.my.device)
+        square = torch.zeros(rows, rows, dtype=BF16, device=self.my.device)
+        places = [self.my.other_place(), self.my.other_place()]
+        for i in range(1 if mixed else self.dice.randint(1, 8)):
+            every = self.my.randn(2, rows, WIDTH, dtype=BF16)
+            mine, brought = self.my.ranks.part(places[i % 2], rows, WIDTH, BF16), []
+            for piece in self.my.ranks.pieces(rows):
+                mine[piece] = every[self.my.rank][piece]
+                brought.append(self.my.ranks.bring(places[i % 2], mine, piece))
+                torch.mm(square[piece], square)
+                if mixed:
+                    self.my.ranks.gathered(hidden[:2, :64])
+            for one in brought:
+                self.my.ranks.add_brought(one, hidden, self.my.weight, EPS, out)
+            exact = (every[0].float() + every[1].float()) + exact
+        self.my.place = places[1]
+        normed = exact * torch.rsqrt(exact.pow(2).mean(1, keepdim=True) + EPS)
+        wrong = (hidden != exact).sum() + ((out - normed).abs() > 0.02 * normed.abs() + 1e-3).sum()
+        place, part, total = self.parts(1, 64, F32)
+        result = self.my.ranks.summed(place, part)
+        return [hidden, out, result, wrong + (result != total).sum()]
 
     def gather(self) -> list[torch.Tensor]:
         rows, width = self.rows(120), 64 * self.dice.randint(1, 1500)
@@ -202,7 +224,8 @@ class Rounds:
         return [result.token_ids, wrong]
 
     def capture(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, list[torch.Tensor]]:
-        """A graph like an iteration's: eight sums with what follows them, then a draw."""
+        """A graph like an iteration's: eight sums with what follows them, of two ranks two that are carried,
+        then a draw."""
         my, rows = self.my, 24
         given = torch.zeros(my.size, rows, WIDTH, device=my.device)
         hidden, out = torch.zeros(rows, WIDTH, device=my.device), torch.empty_like(given[0], dtype=BF16)
@@ -217,6 +240,10 @@ class Rounds:
                 place = PLACES[1 + i % 2]
                 part = my.ranks.part(place, rows, WIDTH, F32).copy_(given[my.rank])
                 my.ranks.add(place, part, hidden, my.weight, EPS, out, squares)
+            for place in (Place.EMBEDDED, Place.ATTENDED) if my.size == 2 else ():
+                part = my.ranks.part(place, rows, WIDTH, BF16).copy_(given[my.rank])
+                for one in [my.ranks.bring(place, part, piece) for piece in my.ranks.pieces(rows)]:
+                    my.ranks.add_brought(one, hidden, my.weight, EPS, out)
             logits = hidden[:, my.rank * width : (my.rank + 1) * width]
             drawn[:] = [sample(logits, *arguments, my.ranks).token_ids]
 
@@ -246,6 +273,8 @@ class Rounds:
             total += part
         for _ in range(8):
             exact = total + exact
+        for _ in range(2 if my.size == 2 else 0):
+            exact = (given[0].to(BF16).float() + given[1].to(BF16).float()) + exact
         return [*(result.clone() for result in results), (results[0] != exact).sum()]
 
 

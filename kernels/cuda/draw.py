@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from kernels import philox
+from kernels.cuda.meet import addresses, epoch_of, meet
 from kernels.cuda.ranks import PROGRAMS as RANK_PROGRAMS
-from kernels.cuda.ranks import DeviceRanks, addresses, epoch_of, meet
+from kernels.cuda.ranks import DeviceRanks
 from kernels.sample import GREEDY_BELOW, SamplingColumns
 
 BLOCK = 1024

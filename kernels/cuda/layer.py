@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ from kernels.cuda.rope import rope_and_cache
 from kernels.ranks import Place
 
 if TYPE_CHECKING:
-    from kernels.cuda.ranks import DeviceRanks
+    from kernels.cuda.ranks import Brought, DeviceRanks
     from kernels.layer import Layer, Step
     from kernels.linear import PackedLinear
 
@@ -37,6 +38,8 @@ def forward(
     """See `kernels.layer.LayerStack.forward`; arguments are checked there."""
     if hidden.shape[0] <= SKINNY_ROWS and layers[0].qkv.dtype is torch.bfloat16:
         return forward_skinny(layers, hidden, step, ranks)
+    if ranks is not None and ranks.pieces(hidden.shape[0]):
+        return forward_carried(layers, hidden, step, ranks)
     return forward_wide(layers, hidden, step, ranks)
 
 
@@ -70,26 +73,78 @@ def forward_wide(
     """`forward` for any number of rows. Behind the last attention only the wanted ones go on."""
     first, tokens = layers[0], hidden.shape[0]
     qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
-    normed, gate_up, activated = _feed_forward_rows(first, tokens)
+    rows = normed, gate_up, activated = _feed_forward_rows(first, tokens)
     rms_norm(hidden, first.input_norm, first.eps, None, normed)
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
         wide_linear(normed, layer.qkv, qkv)
         _rotate(layer, qkv, step)
         _attend(layer, qkv, step, attended)
-        if following is None and step.wanted is not None:  # more than all, where several forks want one
-            hidden, attended = step.select(hidden, attended)
-            normed, gate_up, activated = _feed_forward_rows(first, len(step.wanted))
-        _add_wide(attended, layer.o, hidden, layer.post_norm, layer.eps, normed, ranks, Place.ATTENDED)
-        wide_linear(normed, layer.gate_up, gate_up)
-        silu_and_mul(gate_up, activated)
         if following is not None:
+            _add_wide(attended, layer.o, hidden, layer.post_norm, layer.eps, normed, ranks, Place.ATTENDED)
+            wide_linear(normed, layer.gate_up, gate_up)
+            silu_and_mul(gate_up, activated)
             norm = following.input_norm
             _add_wide(activated, layer.down, hidden, norm, layer.eps, normed, ranks, Place.FED)
+    return _finish_wide(layers[-1], hidden, attended, rows, step, ranks)
+
+
+def forward_carried(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: DeviceRanks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward_wide` of two ranks for so many rows that they are cut in pieces: while one's part of a sum is
+    brought from the peer, another's products run. Attention, and what is behind the last one, is of all."""
+    first, tokens = layers[0], hidden.shape[0]
+    qkv, attended = _rows(first.qkv, tokens), _rows(first.o, tokens, inputs=True)
+    rows = normed, gate_up, activated = _feed_forward_rows(first, tokens)
+    rms_norm(hidden, first.input_norm, first.eps, None, normed)
+    wide_linear(normed, first.qkv, qkv)
+    for layer, following in pairwise(layers):
+        _rotate(layer, qkv, step)
+        _attend(layer, qkv, step, attended)
+        part = _part(ranks, Place.ATTENDED, hidden, attended.dtype)
+        projected = [
+            _bring(attended, layer.o, part, piece, ranks, Place.ATTENDED) for piece in ranks.pieces(tokens)
+        ]
+        part, fed = _part(ranks, Place.FED, hidden, activated.dtype), []
+        for brought in projected:
+            piece = brought.rows
+            ranks.add_brought(brought, hidden, layer.post_norm, layer.eps, normed)
+            wide_linear(normed[piece], layer.gate_up, gate_up[piece])
+            silu_and_mul(gate_up[piece], activated[piece])
+            fed.append(_bring(activated, layer.down, part, piece, ranks, Place.FED))
+        for brought in fed:
+            ranks.add_brought(brought, hidden, following.input_norm, layer.eps, normed)
+            wide_linear(normed[brought.rows], following.qkv, qkv[brought.rows])
+    _rotate(layers[-1], qkv, step)
+    _attend(layers[-1], qkv, step, attended)
+    return _finish_wide(layers[-1], hidden, attended, rows, step, ranks)
+
+
+def _finish_wide(
+    layer: Layer, hidden: torch.Tensor, attended: torch.Tensor, rows: tuple[torch.Tensor, ...], step: Step,
+    ranks: DeviceRanks | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What is behind the last attention, of the wanted tokens; `rows` is room for all."""
+    if step.wanted is not None:  # more than all, where several forks want one
+        hidden, attended = step.select(hidden, attended)
+        rows = _feed_forward_rows(layer, len(step.wanted))
+    normed, gate_up, activated = rows
+    _add_wide(attended, layer.o, hidden, layer.post_norm, layer.eps, normed, ranks, Place.ATTENDED)
+    wide_linear(normed, layer.gate_up, gate_up)
+    silu_and_mul(gate_up, activated)
     out = torch.empty_like(hidden)
     if ranks is None:
-        return hidden, wide_linear(activated, layers[-1].down, out)
-    part = wide_linear(activated, layers[-1].down, _part(ranks, Place.FED, out, activated.dtype))
+        return hidden, wide_linear(activated, layer.down, out)
+    part = wide_linear(activated, layer.down, _part(ranks, Place.FED, out, activated.dtype))
     return hidden, ranks.summed(Place.FED, part, out)
+
+
+def _bring(
+    x: torch.Tensor, packed: PackedLinear, part: torch.Tensor, piece: slice, ranks: DeviceRanks, place: Place
+) -> Brought:
+    """x W^T + bias of a piece, and the peer's on their way."""
+    wide_linear(x[piece], packed, part[piece])
+    return ranks.bring(place, part, piece)
 
 
 def _add_skinny(

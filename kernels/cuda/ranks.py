@@ -1,16 +1,11 @@
 """`kernels.ranks` on CUDA: sums and gathers over memory that all ranks map, fused with what follows them.
 
 A rank fills its own part, and an exchange's kernel waits for the others and then reads theirs. Two ranks move
-as many bytes in this way as in any other, so they do no else; more of them leave large sums to NCCL. Parts of
-few rows are written to all ranks by the product itself: what the exchange reads lies near then, and the way
-there is over while the kernel that follows still waits.
-
-The wait is each program's own, for the program of the same number on every other rank. In each rank's memory
-stands, for each program and each rank, how many exchanges that program has begun there (its epoch). A program
-adds one to its count on all the others (release: whatever its rank's stream did before is seen with it) and
-reads until theirs have come as far as its own (acquire). As all ranks launch the same grids in one order,
-a program has the same epoch everywhere, whatever the grids before were. One that is ahead waits one epoch
-later, so that "as far" is enough; a difference stays right when a count wraps.
+as many bytes in this way as in any other; more of them leave large sums to NCCL. How they wait is
+`kernels.cuda.meet`'s. Parts of few rows are written to all ranks by the product itself: what the exchange
+reads lies near then, and the way there is over while the kernel that follows still waits. The largest sums of
+two ranks can also be cut, and the peer's part of each piece be brought while something else runs: see
+`kernels.cuda.carry`.
 
 When memory may be written again. A kernel that has waited for one program of a rank knows that this rank's
 stream has done all before that kernel: the signal came after `gdc_wait`, so after every kernel in front, the
@@ -31,7 +26,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.cuda.carry import Carrier
 from kernels.cuda.device import launch, traits
+from kernels.cuda.meet import addresses, meet
 from kernels.cuda.norm import warps_of
 from kernels.ranks import Place
 
@@ -46,59 +43,30 @@ GATHER_BYTES = 32 << 20
 """Room for what is gathered at once: 100 rows of a vocabulary of 152,064 on two ranks."""
 ONE_SHOT_BYTES = 512 << 10
 """What more than two ranks sum in one read of all parts; beyond, NCCL."""
+CARRIED_ROWS = 4096
+"""From so many rows on two ranks' sums are carried: less is over too soon for what there is to hide."""
+FIRST_PIECE, PIECE_ROWS = 7 / 16, 128
+"""How much of the rows, in whole tiles of a product, is the first piece. Of 8,192 rows, 64 tiles, it is 28:
+with 14 tiles of columns (256 of 3,584 each) and 132 SMs both pieces then take no more rounds than the whole
+does, while two halves take one more. Also, what is brought first is hidden by the larger piece."""
+LOCAL_PROGRAMS = 1056
+"""Most programs of a sum that waits for nobody."""
 ALIGNMENT = 512
 
 PUSHED_ROWS = 64
 """Up to so many rows a product writes its part to all ranks itself: these read what is near, and sooner."""
 
-_GATHERED = len(Place)
-_SLOTS = _GATHERED + 1
+_GATHERED, _CARRIED, _SLOTS = (len(Place) + i for i in range(3))
 
 
-@triton.jit
-def addresses(table, like, SIZE: tl.constexpr):
-    """Where each rank's memory is: int64[SIZE] as pointers of the type of `like`. They are asked for ahead of
-    a `meet`, behind which each would be waited for."""
-    pointers = ()
-    for peer in tl.static_range(SIZE):
-        pointer = tl.multiple_of(tl.load(table + peer).to(like.dtype), 16)
-        pointers = pointers + (pointer,)  # type: ignore[assignment]  # unrolled, so the type may change
-    return pointers
-
-
-@triton.jit
-def epoch_of(own_flags, rank, SIZE: tl.constexpr):
-    """How many exchanges this program has begun."""
-    return tl.load(own_flags + tl.program_id(0) * SIZE + rank, cache_modifier=".cg")
-
-
-@triton.jit
-def meet(flags, own_flags, rank, quiet, SIZE: tl.constexpr):
-    """Returns when this program has come as far on every rank: what any of them stored before, and what the
-    kernels in front of it did, can then be read. `flags` are all ranks' addresses of theirs."""
-    if quiet == 0:
-        cell = tl.program_id(0) * SIZE
-        tl.debug_barrier()  # all threads have stored what they have
-        for peer in tl.static_range(SIZE):
-            if peer != rank:
-                tl.atomic_add(flags[peer] + cell + rank, 1, sem="release", scope="sys")
-        epoch = epoch_of(own_flags, rank, SIZE) + 1
-        for peer in tl.static_range(SIZE):
-            if peer != rank:
-                seen = tl.atomic_add(own_flags + cell + peer, 0, sem="acquire", scope="sys")
-                while seen - epoch < 0:
-                    seen = tl.atomic_add(own_flags + cell + peer, 0, sem="acquire", scope="sys")
-        tl.debug_barrier()  # no thread reads on before the one that waited has seen all
-        tl.store(own_flags + cell + rank, epoch)
-
-
-@triton.jit(do_not_specialize=["rows", "rank", "quiet"])
+@triton.jit(do_not_specialize=["first", "end", "rank", "quiet"])
 def sum_kernel(
-    flags, own_flags, parts, own, hidden, weight, out, squares, rows, rank, quiet, eps,
+    flags, own_flags, parts, own, hidden, weight, out, squares, first, end, rank, quiet, eps,
     SIZE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """out = the sum of all ranks' parts [rows, DIM], in their order. With `hidden`, that is added to it, and
-    out is its RMS norm; with `squares` also, out is hidden * weight and squares the sum of its squares."""
+    """out = the sum of all ranks' parts, in their order, of rows `first` to `end` of [T, DIM] each. With
+    `hidden`, that is added to it, and out is its RMS norm; with `squares` also, out is hidden * weight and
+    squares the sum of its squares."""
     column = tl.arange(0, BLOCK)
     inside = column < DIM
     their_flags, their_parts = addresses(flags, own_flags, SIZE), addresses(parts, own, SIZE)
@@ -108,7 +76,7 @@ def sum_kernel(
         gdc_wait()
         gdc_launch_dependents()
     meet(their_flags, own_flags, rank, quiet, SIZE)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+    for row in range(first + tl.program_id(0), end, tl.num_programs(0)):
         place = tl.cast(row, tl.int64) * DIM + column
         total = tl.zeros([BLOCK], tl.float32)
         for peer in tl.static_range(SIZE):
@@ -158,13 +126,11 @@ class Shared(NamedTuple):
     """Memory that all ranks have alike and can reach.
 
     Attributes:
-        own: uint8, this rank's; all zeros on all ranks by the time that it is given.
-        addresses: where this process sees each rank's.
+        all: uint8, each rank's as this process sees it; all zeros by the time that it is given.
         handle: what keeps it mapped.
     """
 
-    own: torch.Tensor
-    addresses: list[int]
+    all: list[torch.Tensor]
     handle: Any = None
 
 
@@ -175,8 +141,10 @@ def symmetric(group: ProcessGroup, size: int, device: torch.device) -> Shared:
     own = memory.empty(size, dtype=torch.uint8, device=device).zero_()
     torch.cuda.synchronize(device)
     handle = memory.rendezvous(own, group)  # returns when all have come here, so after their zeros
-    start = own.data_ptr() - handle.buffer_ptrs[handle.rank]
-    return Shared(own, [pointer + start for pointer in handle.buffer_ptrs], handle)
+    start = own.data_ptr() - handle.get_buffer(handle.rank, (1,), torch.uint8).data_ptr()
+    views = [handle.get_buffer(rank, (size,), torch.uint8, start) for rank in range(group.size())]
+    views[handle.rank] = own
+    return Shared(views, handle)
 
 
 class Exchange(NamedTuple):
@@ -205,6 +173,22 @@ class Slots(NamedTuple):
     own: torch.Tensor
     remotes: torch.Tensor
     parts: torch.Tensor
+
+
+class Brought(NamedTuple):
+    """A piece of a sum whose peer's part is on its way.
+
+    Attributes:
+        place: of the sum.
+        part: this rank's, [T, H].
+        rows: of it, the piece.
+        event: when they have come; None where nothing is done beside.
+    """
+
+    place: Place
+    part: torch.Tensor
+    rows: slice
+    event: torch.cuda.Event | None
 
 
 class DeviceRanks:
@@ -237,19 +221,26 @@ class DeviceRanks:
         sums, draws = width * num_rows * dtype.itemsize, num_rows * 16
         self._slot_bytes = -(-PUSHED_ROWS * width * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         slots = [self._slot_bytes * self.size] * 3
-        sizes = [sums, sums, sums, draws, GATHER_BYTES, *slots, PROGRAMS * self.size * 4]
+        sizes = [sums, sums, sums, draws, GATHER_BYTES, self.size * 4, *slots, PROGRAMS * self.size * 4]
         sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
         self._shared = shared(group, sum(sizes), device)
-        self._rooms = list(self._shared.own.split(sizes))
-        starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        addresses = [[start + a for a in self._shared.addresses] for start in starts]
-        self._tables = [torch.tensor(of_ranks, device=device) for of_ranks in addresses]
+        rooms = [one.split(sizes) for one in self._shared.all]
+        self._rooms = rooms[self.rank]
+        self._tables = [
+            torch.tensor([room.data_ptr() for room in of_ranks], device=device)
+            for of_ranks in zip(*rooms, strict=True)
+        ]
         self._own_flags = self._rooms[-1].view(torch.int32)
         steps = self._slot_bytes * torch.arange(self.size, device=device)
         self._slots = [
             (self._tables[i] + steps[self.rank], steps + self._rooms[i].data_ptr())
             for i in range(_SLOTS, _SLOTS + 3)
         ]
+        self._carrier: Carrier | None = None
+        if self.size == 2 and num_rows >= CARRIED_ROWS:
+            flags = self._tables[_CARRIED], self._rooms[_CARRIED].view(torch.int32)
+            theirs = list(rooms[1 - self.rank][: Place.DRAWN])
+            self._carrier = Carrier(self.rank, list(self._rooms[: Place.DRAWN]), theirs, flags)
 
     def part(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         """Room [rows, width], contiguous, for this rank's part of a sum.
@@ -282,6 +273,13 @@ class DeviceRanks:
         self._sum(place, part, None, None, out, None, 0.0, parts)
         return out
 
+    def pieces(self, rows: int) -> list[slice]:
+        """How a batch is cut for `bring`; empty where its sums are not carried."""
+        if self._carrier is None or rows < CARRIED_ROWS:
+            return []
+        first = int(rows * FIRST_PIECE) // PIECE_ROWS * PIECE_ROWS
+        return [slice(0, first), slice(first, rows)]
+
     def add(
         self, place: Place, part: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, eps: float,
         out: torch.Tensor, squares: torch.Tensor | None = None, parts: torch.Tensor | None = None,
@@ -299,6 +297,26 @@ class DeviceRanks:
             parts: those of `slots`, where `part` is one of them.
         """
         self._sum(place, part, hidden, weight, out, squares, eps, parts)
+
+    def bring(self, place: Place, part: torch.Tensor, rows: slice) -> Brought:
+        """Has the peer's `rows` of [T, H] brought while the stream goes on, once both have filled them; they
+        must be added before the same rows of any place are brought again."""
+        assert self._carrier is not None, "pieces has given some"
+        return Brought(place, part, rows, self._carrier.bring(place, part, rows, self.quiet))
+
+    def add_brought(
+        self, brought: Brought, hidden: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        """`add` of one piece's rows of `hidden` and `out`; bit for bit the same."""
+        assert self._carrier is not None, "it has brought them"
+        if brought.event is not None:
+            brought.event.wait(torch.cuda.current_stream(self._device))
+        place, part, rows, _ = brought
+        parts = self._exchange(place, part).parts if self.quiet else self._carrier.tables[place]
+        # Not launched ahead of the end of what is in front of it: that is on two streams.
+        self._launch_sum(
+            Exchange(parts, 2, 1), part, hidden, weight, out, None, eps, rows, LOCAL_PROGRAMS, False
+        )  # fmt: skip
 
     def gathered(self, columns: torch.Tensor) -> torch.Tensor:
         """[R, n] of each rank side by side: [R, size * n]; columns have unit stride."""
@@ -342,18 +360,26 @@ class DeviceRanks:
         self, place: Place, part: torch.Tensor, hidden: torch.Tensor | None, weight: torch.Tensor | None,
         out: torch.Tensor, squares: torch.Tensor | None, eps: float, parts: torch.Tensor | None,
     ) -> None:  # fmt: skip
-        rows, width = part.shape
-        exchange, overlaps = self._exchange(place, part), traits(self._device).overlaps
+        exchange = self._exchange(place, part)
         if parts is not None:
             exchange = exchange._replace(parts=parts)
         elif self.size > 2 and part.nbytes > ONE_SHOT_BYTES:
             if not self.quiet:
                 torch.distributed.all_reduce(part, group=self._group)
             exchange = Exchange(exchange.parts[self.rank :], 1, 1)
+        every, overlaps = slice(0, part.shape[0]), traits(self._device).overlaps
+        self._launch_sum(exchange, part, hidden, weight, out, squares, eps, every, PROGRAMS, overlaps)
+
+    def _launch_sum(
+        self, exchange: Exchange, part: torch.Tensor, hidden: torch.Tensor | None,
+        weight: torch.Tensor | None, out: torch.Tensor, squares: torch.Tensor | None, eps: float, rows: slice,
+        programs: int, overlaps: bool,
+    ) -> None:  # fmt: skip
+        width = part.shape[1]
         launch(
-            sum_kernel, (min(rows, PROGRAMS),),
+            sum_kernel, (min(rows.stop - rows.start, programs),),
             self._tables[-1], self._own_flags, exchange.parts, part, hidden, weight, out, squares,
-            rows, self.rank, exchange.quiet, eps,
+            rows.start, rows.stop, self.rank, exchange.quiet, eps,
             SIZE=exchange.size, DIM=width, BLOCK=triton.next_power_of_2(width), OVERLAPS=overlaps,
             overlaps=overlaps, num_warps=warps_of(width),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.cuda.ranks import addresses
+from kernels.cuda.meet import addresses
 
 # Threads of one program that ask for weights ahead of time, one piece of a row each.
 PIECES = tl.constexpr(128)

@@ -26,6 +26,7 @@ from kernels.sample import Features, SamplingColumns, sample
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, BLOCK, EPS = 48, 4, 2, 16, 64, 8, 1e-5
 ROUNDS, VOCAB = 7, 300
+CARRIED_ROWS = 4
 
 
 class GlooRanks:
@@ -53,7 +54,7 @@ def plain(weight, bias=None):
 
 
 def make_layers(rank: int, size: int, packs) -> list[Layer]:
-    """Two layers, or a rank's part of them: its heads, and its part of what the feed-forward block holds."""
+    """Layers, or a rank's part of them: its heads, and its part of what the feed-forward block holds."""
     generator = torch.Generator().manual_seed(3)
 
     def rand(*shape):
@@ -63,7 +64,7 @@ def make_layers(rank: int, size: int, packs) -> list[Layer]:
         return x.chunk(size, dim=dim)[rank]
 
     layers = []
-    for _ in range(2):
+    for _ in range(3):
         q, k, v = rand(HEADS * DIM, HIDDEN), rand(KV_HEADS * DIM, HIDDEN), rand(KV_HEADS * DIM, HIDDEN)
         o, down, bias = rand(HIDDEN, HEADS * DIM), rand(HIDDEN, INNER), rand(HIDDEN)
         gate, up = rand(INNER, HIDDEN), rand(INNER, HIDDEN)
@@ -99,9 +100,13 @@ def states(rank: int, size: int, ranks, host) -> dict[str, torch.Tensor]:
     """The states of a stack by every path."""
     found = {}
     for wanted in (False, True):
-        for path in (layer.forward_skinny, layer.forward_wide):
+        paths = {path.__name__: path for path in (layer.forward_skinny, layer.forward_wide)}
+        if ranks is not None:
+            assert len(ranks.pieces(5)) == 2
+            paths["carried"] = layer.forward
+        for name, path in paths.items():
             results = path(make_layers(rank, size, plain), embedded(), make_step(wanted), ranks)
-            found[f"{path.__name__} {wanted}"] = sum(results)
+            found[f"{name} {wanted}"] = sum(results)
         stack = LayerStack(make_layers(rank, size, pack), host)
         found[f"cpu {wanted}"] = sum(stack.forward(embedded(), make_step(wanted)))
     return found
@@ -124,6 +129,19 @@ def draws(rank: int, size: int, turn: int, form, ranks) -> torch.Tensor:
     return form(logits, slots, columns, *history, VOCAB, features, ranks).token_ids
 
 
+def carried(place: Place, part: torch.Tensor, ranks: DeviceRanks) -> torch.Tensor:
+    """The sum of parts that are brought while something else is exchanged."""
+    part = ranks.part(place, *part.shape, part.dtype).copy_(part)
+    hidden, weight = torch.zeros_like(part), torch.ones(HIDDEN)
+    brought = []
+    for piece in ranks.pieces(len(part)):
+        brought.append(ranks.bring(place, part, piece))
+        ranks.gathered(part[:1, :4])
+    for piece in brought:
+        ranks.add_brought(piece, hidden, weight, EPS, torch.empty_like(part))
+    return hidden
+
+
 def rounds(rank: int, size: int, ranks: DeviceRanks) -> dict[str, torch.Tensor]:
     """Sums of sizes that change, with draws and gathers between."""
     found = {}
@@ -132,6 +150,8 @@ def rounds(rank: int, size: int, ranks: DeviceRanks) -> dict[str, torch.Tensor]:
         part = ranks.part(place, rows, HIDDEN, torch.float32)
         part.copy_(torch.randn(size, rows, HIDDEN, generator=torch.Generator().manual_seed(turn))[rank])
         found[f"sum {turn}"] = ranks.summed(place, part)
+        if ranks.pieces(rows):
+            found[f"carried {turn}"] = carried(Place((turn + 2) % 3), 2 * part, ranks)
         for again in range(turn % 3):  # one behind the other, as nothing in a forward is
             found[f"draw {turn} {again}"] = draws(rank, size, turn, cuda_sample.sample, ranks)
             found[f"gather {turn} {again}"] = ranks.gathered(
@@ -150,12 +170,13 @@ def main(rank: int, size: int, folder: Path) -> None:
             path = f"{folder}/{r}"
             maps.append(torch.from_file(path, shared=True, size=num_bytes, dtype=torch.uint8))
         dist.barrier()
-        return Shared(maps[rank], [m.data_ptr() for m in maps])
+        return Shared(maps)
 
     # So few programs that each takes several rows, and so little room that gathers go in pieces.
     device_ranks.PROGRAMS = draw.RANK_PROGRAMS = 4
     device_ranks.GATHER_BYTES = 2 * 192 * 4
     device_ranks.ONE_SHOT_BYTES = 4 * HIDDEN * 4  # more than two ranks sum five rows otherwise
+    device_ranks.CARRIED_ROWS, device_ranks.PIECE_ROWS, device_ranks.LOCAL_PROGRAMS = CARRIED_ROWS, 1, 2
     ranks = DeviceRanks(dist.group.WORLD, torch.device("cpu"), 16, HIDDEN, torch.float32, shared)
     host = GlooRanks()
     found = rounds(rank, size, ranks)

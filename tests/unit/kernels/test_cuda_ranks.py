@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from kernels.cuda import draw, skinny
 from kernels.cuda import ranks as module
 from kernels.cuda import sample as cuda_sample
+from kernels.cuda.meet import meet_kernel
 from kernels.cuda.ranks import DeviceRanks, Shared
 from kernels.ranks import Place
 from kernels.sample import Features, sample_reference
@@ -42,17 +43,31 @@ def make_ranks(size, num_rows=16, width=40, dtype=torch.float32):
     def shared(group, num_bytes, device):
         if not memory:
             memory.extend(torch.zeros(size, num_bytes, dtype=torch.uint8, device=device))
-        return Shared(memory[group.rank()], [one.data_ptr() for one in memory])
+        return Shared(memory)
 
     ranks = [DeviceRanks(Member(r, size), DEVICE, num_rows, width, dtype, shared) for r in range(size)]
     for one in ranks:
-        flags_of(one)[:, :] = AHEAD
-        flags_of(one)[:, one.rank] = 0
+        for flags in (flags_of(one), meetings_of(one)):
+            flags[..., :] = AHEAD
+            flags[..., one.rank] = 0
     return ranks
 
 
 def flags_of(ranks):
     return ranks._own_flags[: module.PROGRAMS * ranks.size].view(module.PROGRAMS, ranks.size)
+
+
+def meetings_of(ranks):
+    """The second stream's flags."""
+    return ranks._rooms[module._CARRIED].view(torch.int32)[: ranks.size]
+
+
+@pytest.fixture
+def carried(monkeypatch):
+    """Sums of four rows are carried."""
+    monkeypatch.setattr(module, "CARRIED_ROWS", 4)
+    monkeypatch.setattr(module, "PIECE_ROWS", 1)
+    monkeypatch.setattr(module, "LOCAL_PROGRAMS", 3)
 
 
 def filled(ranks, place, rows, width, dtype, generator):
@@ -118,6 +133,43 @@ def test_a_sum_with_what_follows_it(size, form, dtype, generator, monkeypatch):
             assert one is None or torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [4, 7, 16])
+def test_a_sum_that_is_carried_equals_one_that_is_not(rows, dtype, generator, carried):
+    ranks, width = make_ranks(2, dtype=dtype), 36
+    weight = torch.randn(width, generator=generator).to(DEVICE, dtype)
+    for turn, place in enumerate((Place.ATTENDED, Place.FED, Place.ATTENDED)):
+        parts = filled(ranks, place, rows, width, dtype, generator)
+        before = [part.clone() for part in parts]
+        start = torch.randn(rows, width, generator=generator).to(DEVICE)
+        for one, part in zip(ranks, parts, strict=True):
+            whole, cut = start.clone(), start.clone()
+            expected, out = torch.empty_like(part), torch.full_like(part, math.nan)
+            one.add(place, part, whole, weight, EPS, expected)
+            pieces = one.pieces(rows)
+            assert [i for piece in pieces for i in range(rows)[piece]] == list(range(rows))
+            brought = [one.bring(place, part, piece) for piece in pieces]
+            for i, piece in enumerate(brought):
+                one.add_brought(piece, cut, weight, EPS, out)
+                done = piece.rows.stop
+                assert torch.equal(cut[:done], whole[:done]) and torch.equal(out[:done], expected[:done])
+                assert i or (torch.equal(cut[done:], start[done:]) and out[done:].isnan().all())
+            assert torch.equal(part, before[one.rank]), "others may still be reading it"
+            assert meetings_of(one)[one.rank] == 2 * turn + 2  # two pieces each time
+            assert meetings_of(ranks[1 - one.rank])[one.rank] == AHEAD + 2 * turn + 2
+
+
+def test_what_is_carried(carried, monkeypatch):
+    pair = make_ranks(2)
+    assert pair[0].pieces(3) == [] and len(pair[0].pieces(4)) == 2
+    assert make_ranks(1)[0].pieces(16) == make_ranks(3)[0].pieces(16) == make_ranks(2, 3)[0].pieces(16) == []
+    monkeypatch.undo()
+    (one, _) = make_ranks(2, 8192, 1)
+    assert one.pieces(4095) == []
+    assert one.pieces(8192) == [slice(0, 28 * 128), slice(28 * 128, 8192)]
+    assert one.pieces(4100) == [slice(0, 14 * 128), slice(14 * 128, 4100)]
+
+
 def test_a_sum_into_a_wider_type(generator):
     ranks = make_ranks(2, dtype=torch.bfloat16)
     parts = filled(ranks, Place.FED, 3, 40, torch.bfloat16, generator)
@@ -153,16 +205,20 @@ def test_rooms_are_as_large_as_was_asked_for():
     assert len(set(starts)) == len(Place) and all(start % 16 == 0 for start in starts)
 
 
-def test_who_is_quiet_waits_for_nobody_and_touches_nothing(generator):
+def test_who_is_quiet_waits_for_nobody_and_touches_nothing(carried):
     ranks = make_ranks(2)
     for one in ranks:
-        flags_of(one)[:] = 0  # nobody ever comes
+        flags_of(one)[:] = meetings_of(one)[:] = 0  # nobody ever comes
         one.quiet = True
     kept = [[room.clone() for room in one._rooms] for one in ranks]
     one = ranks[0]
     part = one.part(Place.FED, 5, 40, torch.float32).fill_(2.0)
     assert torch.equal(one.summed(Place.FED, part), torch.full_like(part, 4.0))
     assert one.gathered(part).shape == (5, 80)
+    hidden, weight = torch.ones_like(part), torch.ones(40, device=DEVICE)
+    for brought in [one.bring(Place.FED, part, piece) for piece in one.pieces(5)]:
+        one.add_brought(brought, hidden, weight, EPS, torch.empty_like(part))
+    assert torch.equal(hidden, torch.full_like(part, 5.0))
     assert drawn(ranks[:1], [Row([1.0, 2.0] * 64)], Features())[0].shape == (1,)
     for one, before in zip(ranks, kept, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one._rooms, before, strict=True))
@@ -273,7 +329,10 @@ def test_all_processes_find_the_same(processes):
 @ON_A_CPU
 def test_a_stack_over_processes(processes):
     if len(processes) == 2:
-        for name, alone in rank_group.states(0, 1, None, None).items():
+        every = rank_group.states(0, 1, None, None)
+        for wanted in (False, True):
+            every[f"carried {wanted}"] = every[f"forward_wide {wanted}"]
+        for name, alone in every.items():
             torch.testing.assert_close(processes[0][name], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -287,6 +346,8 @@ def test_rounds_of_sums_draws_and_gathers(processes):
         # Many rows of more than two ranks are summed by the group, in an order of its own.
         exact = {"rtol": 0, "atol": 0} if size == 2 or rows <= 4 else {}
         torch.testing.assert_close(found[f"sum {turn}"], in_order(parts), **exact)
+        if size == 2 and rows >= rank_group.CARRIED_ROWS:
+            assert torch.equal(found[f"carried {turn}"], in_order(2 * parts))
         expected = rank_group.draws(0, 1, turn, lambda *a: sample_reference(*a[:-1]), None)
         assert torch.equal(found[f"host draw {turn}"], expected)
         for again in range(turn % 3):
@@ -299,7 +360,7 @@ def test_rounds_of_sums_draws_and_gathers(processes):
 # -- compiled for every card, at the sizes that are served ---------------------------------------------------
 
 COMMON = {"flags": "*i64", "own_flags": "*i32", "rank": "i32", "quiet": "i32"}
-SUM = COMMON | {"parts": "*i64", "rows": "i32", "eps": "fp32"}
+SUM = COMMON | {"parts": "*i64", "first": "i32", "end": "i32", "eps": "fp32"}
 GATHER = COMMON | dict.fromkeys(("total", "width", "stride"), "i32") | {"rooms": "*i64"}
 COMBINE = COMMON | {
     "rooms": "*i64", "own": "*i32", "values": "*fp32", "tokens": "*i32", "token_ids": "*i32",
@@ -324,6 +385,9 @@ def test_kernels_compile_for(arch):
         warps = {"num_warps": module.warps_of(width)}
         for types, constants in SUM_FORMS.values():
             calls.append((module.sum_kernel, SUM | types, shape | constants, overlaps | warps, []))
+    local = shape | {"SIZE": 2, "OVERLAPS": False} | SUM_FORMS["wide"][1]
+    calls.append((module.sum_kernel, SUM | SUM_FORMS["wide"][0], local, warps, []))
+    calls.append((meet_kernel, COMMON, {"SIZE": 2}, {"num_warps": 1}, []))
     shape = {"SIZE": 2, "BLOCK": module.GATHER_BLOCK, "OVERLAPS": arch >= 90}
     types = GATHER | dict.fromkeys(("own", "columns", "out"), "*fp32")
     calls.append((module.gather_kernel, types, shape, overlaps, ["total", "width", "stride"]))
@@ -335,7 +399,9 @@ def test_kernels_compile_for(arch):
         assert "sys.release" in ptx and "sys.acquire" in ptx
         launches_early = "launch_pdl" in options
         assert ptx.count("griddepcontrol.wait") == ptx.count("griddepcontrol.launch") == launches_early
-        if kernel is not draw.combine_ranks_kernel:
+        if kernel is meet_kernel:  # it fits beside what leaves a few KiB of registers and of shared memory
+            assert compiled.shared <= 16 and compiled.registers <= 32
+        elif kernel is not draw.combine_ranks_kernel:
             assert "ld.global.cg.v4.b32" in ptx
 
 
