@@ -28,7 +28,6 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_facts import facts
-from kernels.cuda import ranks as module
 from kernels.cuda.compile import use_cache
 from kernels.cuda.linear import skinny_linear
 from kernels.cuda.norm import rms_norm
@@ -44,7 +43,6 @@ WIDTH, MOST_ROWS = 3584, 8192
 ROWS = (1, 8, 64, 256, 2048, 8192)
 SKINNY_ROWS = 64
 VOCAB = 152_064
-PROGRAMS = (132, 264, 528)
 REPLAYS = 7
 PLACES = (Place.EMBEDDED, Place.ATTENDED, Place.FED)
 
@@ -56,9 +54,7 @@ class Rank:
         self.rank, self.size = rank, size
         self.device = torch.device("cuda", rank)
         module.CARRIED_ROWS, module.PIECE_ROWS = 4, 1  # few rows, so that many rounds have some
-        module.PROGRAMS, usual = max(PROGRAMS), module.PROGRAMS
         self.ranks = DeviceRanks(dist.group.WORLD, self.device, MOST_ROWS, WIDTH, BF16)
-        module.PROGRAMS = usual
         self.group_name = dist.group.WORLD.group_name
         self.numbers = torch.Generator(self.device)
         self.weight = torch.ones(WIDTH, dtype=BF16, device=self.device)
@@ -369,21 +365,16 @@ class Times:
         return found | {"NCCL": self.nccl(rows)}
 
     def sums(self, say: Callable[[str], None]) -> list[dict[str, Any]]:
-        """Of each number of rows and way, microseconds; of the fused way with several grids, where rows are
-        more than programs."""
-        results, usual = [], module.PROGRAMS
+        """Of each number of rows and way, microseconds."""
+        results = []
         for rows in ROWS:
             row: dict[str, Any] = {"rows": rows}
             for name, run in self.ways(rows).items():
-                for programs in PROGRAMS if name == "fused bf16" and rows > min(PROGRAMS) else (usual,):
-                    module.PROGRAMS = programs
-                    label = name if programs == usual else f"{name}, {programs} programs"
-                    try:
-                        row[label] = 1e6 * seconds(run, 40 if rows <= 256 else 8)
-                    except RuntimeError as error:  # an operation that this build lacks: all ranks alike
-                        row[label] = None
-                        say(f"{label}, {rows} rows: {str(error).splitlines()[0]}")
-                    module.PROGRAMS = usual
+                try:
+                    row[name] = 1e6 * seconds(run, 40 if rows <= 256 else 8)
+                except RuntimeError as error:  # an operation that this build lacks: all ranks alike
+                    row[name] = None
+                    say(f"{name}, {rows} rows: {str(error).splitlines()[0]}")
             results.append(row)
             figures = ", ".join(f"{k} {v:.1f}" for k, v in row.items() if k != "rows" and v is not None)
             say(f"{rows:5} rows, us: {figures}")
