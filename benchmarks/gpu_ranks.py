@@ -28,6 +28,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_facts import facts
+from kernels.cuda import ranks as module
 from kernels.cuda.compile import use_cache
 from kernels.cuda.linear import skinny_linear
 from kernels.cuda.norm import rms_norm
