@@ -9,6 +9,8 @@ PYTHON ?= python3
 #   PIP_EXTRA_INDEX_URL=<that index> make setup TORCH='torch==2.13.0+cpu'
 TORCH ?= torch==2.13.0
 WORKERS ?= 1
+# GPUs that hold the model of each worker together (docs/parallel.md).
+TP ?= 1
 MODEL ?= smollm2-135m-instruct
 DEVICE ?= cpu
 # More options of `pagoda serve` for `make cluster`, as in SERVE='--dtype float32 --max-slots 32'.
@@ -35,7 +37,7 @@ MYPY_ROOTS := scheduler_svc gateway_svc gpu_worker hf_backend kernels clients/py
 help: ## Explain every target (this text).
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Variables: WORKERS=$(WORKERS) MODEL=$(MODEL) DEVICE=$(DEVICE) TORCH=$(TORCH) SERVE= PYTEST= VERIFY="
+	@echo "  Variables: WORKERS=$(WORKERS) TP=$(TP) MODEL=$(MODEL) DEVICE=$(DEVICE) TORCH=$(TORCH) SERVE= PYTEST= VERIFY="
 
 setup: $(VENV)/.setup $(VENV)/.kernels ## Make .venv, install the three services and the client, compile the CPU kernels.
 
@@ -125,9 +127,9 @@ browser: ## Install what tests of the page at /ui need, where it is missing (Deb
 bench-scheduler: dev ## Measure what the scheduler costs for each step.
 	$(PY) -m benchmarks.scheduler
 
-cluster: setup ## Run a local cluster in the foreground: WORKERS=n MODEL=name|path DEVICE=cpu|cuda.
+cluster: setup ## Run a local cluster in the foreground: WORKERS=n TP=n MODEL=name|path DEVICE=cpu|cuda.
 	@if [ "$(MODEL)" = smollm2-135m-instruct ]; then $(PY) tools/get_model.py; fi
-	@$(VENV)/bin/pagoda serve --run-dir .run --workers $(WORKERS) --model $(MODEL) --device $(DEVICE) $(SERVE)
+	@$(VENV)/bin/pagoda serve --run-dir .run --workers $(WORKERS) --tensor-parallel $(TP) --model $(MODEL) --device $(DEVICE) $(SERVE)
 
 down: ## Stop the cluster that `make cluster` runs, from another terminal.
 	@$(VENV)/bin/pagoda down --run-dir .run

@@ -82,6 +82,7 @@ class Bench:
             *("-m", "gpu_worker", "--model", str(model), "--load-format", load_format, *slots),
             *("--device", o.device, "--dtype", o.dtype, "--max-model-len", str(o.context)),
             *("--max-batched-tokens", str(o.batched_tokens), "--metrics-port", "0"),
+            *("--tensor-parallel", str(o.tensor_parallel)),
             *o.worker_args,
         ]
 
@@ -198,6 +199,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--load-format", default="dummy")
     p.add_argument("--context", type=int, default=4096)
     p.add_argument("--slots", type=int, default=512)
+    p.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
     p.add_argument("--batched-tokens", type=int, default=8192)
     p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
@@ -234,11 +236,12 @@ def main() -> int:
     theirs = options.vllm and options.vllm.exists() and json.loads(options.vllm.read_text())
     ours = gpu_bars.figures(bench.result["results"])
     known = gpu_bars.figures(theirs["results"] if theirs else [])
-    verdicts = gpu_bars.verdicts(options.preset, ours, known)
+    shape = gpu_bars.shape(options.preset, options.tensor_parallel)
+    verdicts = gpu_bars.verdicts(shape, ours, known)
     bench.result |= {"bars": verdicts, "vllm": theirs or None}
     if options.out:
         options.out.write_text(json.dumps(bench.result, indent=1))
-    print(gpu_bars.table(options.preset, ours, known), flush=True)
+    print(gpu_bars.table(shape, ours, known), flush=True)
     if failed:
         return 2
     return 0 if all(entry["reached"] for entry in verdicts) else 1

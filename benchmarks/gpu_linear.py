@@ -1,12 +1,14 @@
 """A decode's matrix products on the GPU: which tile suits each best, and what a whole stack of layers takes.
 
     python benchmarks/gpu_linear.py [--out FILE]
+    python benchmarks/gpu_linear.py --models 7b-tp2 --rows 16 32 64   # one of two ranks' products
 
 Each product runs with what is fused to it, in a CUDA graph over more distinct weights than L2 holds, in
 several tiles and beside cuBLAS (which is the bare product). Results are checked first. Printed are the best
 tiles of each, microseconds a launch and TB/s of weights; then the winners as `kernels.cuda.linear.TILES`
 wants them; then decode iterations of two models' shapes in those tiles, logits included, beside the time that
 reading the weights takes at 3.0 TB/s; then a prompt of 512 tokens without a graph. A minute on an H100.
+Of a rank's part of a model only the products are measured: its layers need the other ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu_linear_sizes import SHAPES, Shape, candidates, spread
 from kernels.attention import Tiles, cache_shape, make_tiles
 from kernels.cuda import layer as cuda_layer
 from kernels.cuda import linear
@@ -44,51 +47,6 @@ ROWS = (1, 8, 16, 32, 64, 128)
 CONTEXT = 600
 
 
-class Shape(NamedTuple):
-    """A model's sizes."""
-
-    name: str
-    hidden: int
-    heads: int
-    kv_heads: int
-    dim: int
-    inner: int
-    layers: int
-    vocab: int
-
-
-SHAPES = (
-    Shape("7b", 3584, 28, 4, 128, 18944, 28, 152064),
-    Shape("0.5b", 896, 14, 2, 64, 4864, 24, 151936),
-)
-
-
-def candidates(n: int, k: int, bm: int) -> list[Tile]:
-    """Tiles worth a try."""
-    if n * k < 8 << 20:
-        few = [(16, 128, 6), (16, 128, 8), (16, 128, 4, 2), (32, 128, 6), (32, 64, 6, 2)]
-        many = [(16, 128, 5), (32, 128, 4), (32, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 3, True)]
-        tiles = [Tile(*t, span=0 if len(t) > 4 else 512) for t in (few if bm < 64 else many)]
-    elif n < 8192:
-        few = [(32, 128, 6), (32, 256, 4), (16, 256, 5), (64, 128, 4, 2), (64, 128, 4, 2, True)]
-        some = [(32, 128, 6), (32, 256, 4), (64, 128, 4, 2), (64, 128, 4, 2, True), (64, 64, 6, 2)]
-        many = [
-            (128, 64, 4, 4),
-            (128, 64, 4, 4, True),
-            (64, 64, 5, 2),
-            (64, 128, 3, 2, True),
-            (128, 64, 5, 5),
-        ]
-        tiles = [Tile(*t, span=512) for t in {16: few, 32: some}.get(bm, many)]
-        tiles.append(tiles[0]._replace(span=0))
-    else:
-        few = [(64, 128, 4), (64, 64, 5), (128, 64, 4), (64, 128, 4, 1, True), (32, 256, 4)]
-        many = [(128, 64, 4), (128, 64, 3), (128, 64, 4, 1, True), (64, 128, 3), (64, 64, 5)]
-        tiles = [Tile(*t, span=256) for t in (few if bm < 64 else many)]
-        tiles.append(tiles[0]._replace(span=0))
-    return [t._replace(warps=8) if bm == 128 and t.rows >= 64 else t for t in tiles]
-
-
 class Product:
     """One product of a model: its weights, inputs, and how it runs fused, by cuBLAS and exactly."""
 
@@ -104,7 +62,9 @@ class Product:
         }[name]
         self.size = self.n * self.k
         count = min(MAX_LAUNCHES, max(1, BYTES // (2 * self.size)), pool.numel() // self.size)
-        self.out_dtype = torch.float32 if name == "head" else BF16
+        # What ranks sum is not fused with the sum.
+        self.is_plain = name == "head" or (name in ("o", "down") and shape.ranks > 1)
+        self.out_dtype = torch.float32 if self.is_plain else BF16
         bias = torch.randn(self.n, device="cuda") if name == "qkv" else None
         self.weights = [
             PackedLinear((self.n, self.k), BF16, self.out_dtype, w.view(self.n, self.k), bias, False)
@@ -123,10 +83,11 @@ class Product:
         """Inputs of so many rows."""
         bm = linear.padded_rows(rows)
         self.x = torch.randn(rows, self.k, device="cuda", dtype=BF16)
-        # In 28 parts, as the product before leaves them; here the first holds everything.
-        squares = torch.zeros(28, bm, device="cuda")
+        # In as many parts as what comes before leaves; here the first holds everything.
+        parts = 28 if self.shape.ranks == 1 else 1
+        squares = torch.zeros(parts, bm, device="cuda")
         squares[0, :rows] = self.x.float().pow(2).sum(1)
-        self.normed = Normed(self.x, squares, 28, EPS)
+        self.normed = Normed(self.x, squares, parts, EPS)
         self.hidden = torch.zeros(rows, self.n, device="cuda")
         self.norm = torch.ones(self.n, device="cuda", dtype=BF16)
         sums = torch.empty(-(-self.n // 16), bm, device="cuda")
@@ -140,7 +101,7 @@ class Product:
             return linear.rotated_linear(self.normed, weight, self.rotation, self.out, tile)
         if self.name == "gate_up":
             return linear.gated_linear(self.normed, weight, self.gated, tile)
-        if self.name == "head":
+        if self.is_plain:
             return linear.skinny_linear(self.x, weight, self.out, tile)
         linear.residual_linear(self.x, weight, self.hidden, self.norm, self.sums, tile)
         return self.hidden
@@ -186,8 +147,11 @@ def seconds(run: Callable[[], Any], repeats: int = 7) -> float:
 
 def attempts(product: Product, rows: int) -> Iterator[Tile]:
     bm = linear.padded_rows(rows)
+    tiles = candidates(product.n, product.k, bm)
+    if product.shape.ranks > 1:
+        tiles += spread(product.n, product.k, bm)
     seen = set()
-    for tile in candidates(product.n, product.k, bm):
+    for tile in tiles:
         tile = linear.fitted(tile, product.n, product.k, bm, 2, product.x.device)
         if tile not in seen:
             seen.add(tile)
@@ -383,9 +347,9 @@ def rehearse(warmer: Warmer, runs: Iterator[Callable[[], Any]]) -> None:
     )
 
 
-def product_runs(products: list[Product]) -> Iterator[Callable[[], Any]]:
+def product_runs(products: list[Product], numbers: list[int]) -> Iterator[Callable[[], Any]]:
     for product in products:
-        for rows in ROWS:
+        for rows in numbers:
             product.prepare(rows)
             for tile in attempts(product, rows):
                 yield lambda p=product, t=tile: p.run(p.weights[0], t)
@@ -402,7 +366,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where to write everything as JSON")
     parser.add_argument("--processes", type=int, default=16, help="compile so many kernels at once")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["7b", "0.5b"])
+    parser.add_argument("--rows", type=int, nargs="+", choices=ROWS, default=list(ROWS))
     args = parser.parse_args()
+    shapes = [SHAPES[name] for name in args.models]
     use_cache()
     capability = torch.cuda.get_device_capability()
     arch = 10 * capability[0] + capability[1]
@@ -410,11 +377,11 @@ def main() -> None:
     warmers = [Warmer(arch, args.processes, folder / str(i)) for i in range(2)]
     torch.manual_seed(0)
     pool = torch.empty(1200 << 20, dtype=BF16, device="cuda").normal_(0, 0.02)
-    products = [Product(s, name, pool) for s in SHAPES for name in ("qkv", "o", "gate_up", "down", "head")]
-    rehearse(warmers[0], product_runs(products))
+    products = [Product(s, name, pool) for s in shapes for name in ("qkv", "o", "gate_up", "down", "head")]
+    rehearse(warmers[0], product_runs(products, args.rows))
     measured = {}
     for product in products:
-        for rows in ROWS:
+        for rows in args.rows:
             measured[product, rows] = measure(product, rows)
             report(product, rows, measured[product, rows])
     best = winners(measured)
@@ -424,7 +391,7 @@ def main() -> None:
     print("}")
     linear.TILES.update(best)
     linear.choose_tile.cache_clear()
-    models = [Model(shape, pool) for shape in SHAPES]
+    models = [Model(shape, pool) for shape in shapes if shape.ranks == 1]
     rehearse(warmers[1], stack_runs(models))
     results = {
         "device": torch.cuda.get_device_name(),

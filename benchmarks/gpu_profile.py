@@ -1,17 +1,21 @@
 """Where the time of a step goes on a GPU: kernels of decode iterations and prefills, by the device's clock.
 
     python -m benchmarks.gpu_profile --preset qwen2.5-7b [--decodes 1 64] [--prompts 1x512] [--out FILE]
+                                     [--tensor-parallel 2]
 
 Runs the worker's own model, rows and graphs on random weights, without services. For each case: milliseconds
 by events (the median of five), what the host spends on handing it over, and the kernels by their share. A
-share is the time from the end of the kernel before to its own end, because launches overlap.
+share is the time from the end of the kernel before to its own end, because launches overlap. Of several ranks
+it is the first that tells.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_models import PRESETS, config_folder
 from gpu_worker.config import WorkerSettings
+from gpu_worker.launch import launch
 from gpu_worker.models.loader import open_model
+from gpu_worker.parallel import connect
 from gpu_worker.placement import NUM_BUFFERS, place_on_cuda
 from gpu_worker.staging import Stager
 from pagoda.internal.v1 import worker_pb2
@@ -34,21 +40,26 @@ from pagoda.internal.v1 import worker_pb2
 CONTEXT, ROOM = 400, 200
 NAME_CHARS = 60
 REPEATS = 5
+WHO = ("rank", "world_size", "rendezvous")
 
 
 class Bench:
     """A worker's insides, driven by hand-made steps. Every case begins with no rows."""
 
-    def __init__(self, preset: str, max_slots: int, max_tokens: int, folder: Path) -> None:
+    def __init__(
+        self, preset: str, max_slots: int, max_tokens: int, folder: Path, who: dict[str, Any]
+    ) -> None:
         model = config_folder(preset, folder)
         settings = WorkerSettings(
             model=str(model), load_format="dummy", device="cuda", max_model_len=4096, max_slots=max_slots,
-            max_batched_tokens=max_tokens, metrics_port=0,
+            max_batched_tokens=max_tokens, metrics_port=0, **who,
         )  # fmt: skip
-        self.device = torch.device("cuda", 0)
+        self.device = torch.device("cuda", settings.rank)
+        torch.cuda.set_device(self.device)
+        group = connect(settings, self.device)
         files = open_model(model, "dummy", 0)
         log = structlog.get_logger()
-        self.limits, self.runner = place_on_cuda(settings, files, torch.bfloat16, self.device, log)
+        self.limits, self.runner = place_on_cuda(settings, files, torch.bfloat16, self.device, log, group)
         self.clear()
 
     def clear(self) -> None:
@@ -167,14 +178,23 @@ def main() -> None:
     p.add_argument("--decodes", type=int, nargs="*", default=[1, 8, 64, 256, 512], help="rows")
     p.add_argument("--prompts", nargs="*", default=["1x512", "16x512"], help="how many, and how long")
     p.add_argument("--mixed", nargs="*", default=["448+7x1024"], help="rows, and prompts beside them")
+    p.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
     p.add_argument("--slots", type=int, default=1024)
     p.add_argument("--batched-tokens", type=int, default=8192)
     p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     p.add_argument("--out", type=Path, help="JSON file")
     o = p.parse_args()
+    known = {name: os.environ.get(f"PAGODA_WORKER_{name.upper()}") for name in WHO}
+    who = {name: value for name, value in known.items() if value is not None}
+    if o.tensor_parallel > 1 and not who:
+        command = [sys.executable, "-m", "benchmarks.gpu_profile", *sys.argv[1:]]
+        # A rank that is done has ended well, which is more than a service may.
+        sys.exit(launch(o.tensor_parallel, command, structlog.get_logger()))
+    if who.get("rank", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as this process lives
     rows = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        bench = Bench(o.preset, o.slots, o.batched_tokens, Path(folder))
+        bench = Bench(o.preset, o.slots, o.batched_tokens, Path(folder), who)
         for count in o.decodes:
             rows.append(bench.decode(count))
             show(rows[-1])
@@ -187,9 +207,11 @@ def main() -> None:
             count, length = map(int, prompt.split("x"))
             rows.append(bench.mixed(int(decodes), count, length))
             show(rows[-1])
-    if o.out:
+    if o.out and who.get("rank", "0") == "0":
         result = {"facts": facts(("torch", "triton"), o.commit), "preset": o.preset, "cases": rows}
         o.out.write_text(json.dumps(result, indent=1) + "\n")
+    if who:
+        torch.distributed.barrier()  # the end of one is the end of all
 
 
 if __name__ == "__main__":

@@ -130,7 +130,8 @@ class Bench:
         """Start the engine, which is a row of its own, and run the others."""
         o = self.options
         folder = config_folder(o.preset, Path(o.base)).resolve()
-        engine = Offline(folder, PRESETS[o.preset]["vocab_size"], o.context, json.loads(o.extra))
+        extra = {"tensor_parallel_size": o.tensor_parallel} | json.loads(o.extra)
+        engine = Offline(folder, PRESETS[o.preset]["vocab_size"], o.context, extra)
         engine.run(fixed(1, 512, 1, self.load.unseen()), 0.0)
         seconds = seconds_since_start()
         self.say("first token")
@@ -150,6 +151,7 @@ class Bench:
         command += ["--served-model-name", folder.name, "--load-format", "dummy", "--dtype", "bfloat16"]
         command += ["--max-model-len", str(o.context), "--no-enable-prefix-caching"]
         command += ["--gpu-memory-utilization", str(MEMORY_SHARE)]
+        command += ["--tensor-parallel-size", str(o.tensor_parallel)]
         command += ["--host", "127.0.0.1", "--port", port]
         began = time.perf_counter()
         with log.open("wb") as file:
@@ -202,6 +204,7 @@ def main() -> None:
     p.add_argument("--tokenizer", type=Path, help="folder with tokenizer*.json, which openai needs")
     p.add_argument("--peers", type=Path, default=Path(".peers/bench"), help="folder of bench_serve.py")
     p.add_argument("--context", type=int, default=4096)
+    p.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
     p.add_argument("--num-requests", type=int, default=1000)
     p.add_argument("--num-fixed", type=int, default=512)
     p.add_argument("--num-stop-ids", type=int, default=760)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pagoda.models import EMBEDDED_MODEL
 from pagoda.settings import ServiceSettings
@@ -30,7 +30,15 @@ class WorkerSettings(ServiceSettings):
         "auto", description="Of weights and KV; auto is bfloat16 where the device multiplies it natively."
     )
     threads: int = Field(
-        0, ge=0, le=64, description="Threads of the CPU kernels; 0: one for each usable core."
+        0, ge=0, le=64, description="Threads of the CPU kernels; 0: this rank's share of the usable cores."
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="Ranks to start, each with a device, that hold one model together."
+    )
+    rank: int = Field(0, ge=0, description="Which rank this is, where something else starts the ranks.")
+    world_size: int = Field(1, ge=1, le=64, description="How many ranks something else starts.")
+    rendezvous: str = Field(
+        "", pattern=r"^(.+:\d+)?$", description="HOST:PORT where rank 0 listens for the other ranks."
     )
     group_name: str = Field(
         "", description="Name of this worker group, unique in a cluster; empty: host and pid."
@@ -57,3 +65,13 @@ class WorkerSettings(ServiceSettings):
     )
     max_horizon: int = Field(16, ge=1, le=256, description="Most iterations of one step.")
     metrics_port: int = Field(9402, ge=0, le=65535, description="Port of /metrics on 127.0.0.1; 0: none.")
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.rank >= self.world_size:
+            raise ValueError(f"--rank {self.rank} is not below --world-size {self.world_size}")
+        if self.world_size > 1 and not self.rendezvous:
+            raise ValueError(f"--world-size {self.world_size} needs --rendezvous HOST:PORT")
+        if 1 < self.world_size != self.tensor_parallel != 1:
+            raise ValueError("--tensor-parallel starts ranks itself, and --world-size says another number")
+        return self

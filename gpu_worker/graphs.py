@@ -17,6 +17,7 @@ import torch
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch
+from kernels.ranks import Ranks, alone
 
 # Graphs without which a worker is not ready.
 NUM_FIRST = 4
@@ -54,10 +55,11 @@ class Graphs:
         padding: Padding,
         num_logits: int,
         device: torch.device,
+        ranks: Ranks | None = None,
     ) -> None:
         """`compute` goes from inputs to logits, `num_logits` of a row; `draws` sample from them where no row
         asks for more than a temperature, a seed and a grammar; `padding` says which shapes will come."""
-        self._compute, self._draws, self._rows = compute, draws, rows
+        self._compute, self._draws, self._rows, self._ranks = compute, draws, rows, ranks
         self._captured: dict[tuple[Shape, Part], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         shapes = padding.shapes()
@@ -133,7 +135,8 @@ class Graphs:
 
         # Once outside the capture: kernels are compiled and libraries make their workspaces there.
         block.copy_(torch.from_numpy(padding_alone(shape, rows.state.padding_slot)))
-        iteration()
+        with alone(self._ranks):
+            iteration()
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

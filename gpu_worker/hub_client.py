@@ -1,5 +1,8 @@
 """The worker's end of the wire: dial the scheduler, say Hello, pass steps in and results out, for ever.
 
+A rank of a group serves one session: when that ends, another rank may already be waited for inside a kernel,
+so the process must end, and whoever started the ranks starts all of them again.
+
 The stream is read in the thread that calls `run`, and written by gRPC's own thread from a queue. Blocking
 gRPC, not asyncio: measured at steps of 8 ms, both bring a step to the executor equally fast, and a thread
 that waits inside gRPC's core needs no turn of an event loop between a message and the executor's queue.
@@ -18,6 +21,7 @@ import structlog
 
 from gpu_worker.metrics import WorkerMetrics
 from pagoda import transport
+from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2, worker_pb2_grpc
 from pagoda.v1 import scheduler_pb2
 
@@ -69,13 +73,15 @@ class HubClient:
         self._stopping = threading.Event()
         self._fatal = False
         self._failures = 0  # to attach, since the last session
+        self._started = False  # the session, or the last one
+        self.in_group = hello.world_size > 1
 
     def run(self, executor: Executor) -> int:
-        """Serve sessions until `stop`, a refusal or a broken executor.
+        """Serve sessions until `stop`, a refusal or a broken executor; as a rank of a group, one session.
 
         Returns:
             The process's exit code: 0 after `stop`, 78 when the scheduler refuses this worker, 1 after a
-            failure of the executor that is not the session's fault.
+            failure of the executor that is not the session's fault, and after a group's session.
         """
         while not self._stopping.is_set():
             try:
@@ -90,7 +96,7 @@ class HubClient:
                     say(
                         "no session with the scheduler", address=self._address, code=code.name, reason=details
                     )
-            if self._fatal:
+            if self._fatal or (self._started and self.in_group and not self._stopping.is_set()):
                 return EXIT_FAILED
             first, most = BACKOFF_S
             self._stopping.wait(random.uniform(first / 2, min(most, first * 2**self._failures)))
@@ -104,15 +110,22 @@ class HubClient:
             call.cancel()
 
     def deliver(self, result: worker_pb2.StepResult) -> None:
-        """Send a step's result; without a session it is dropped. Called by the executor, in step order."""
+        """Send a step's result; without a session it is dropped. Called by the executor, in step order.
+
+        Ranks above 0 send what tells whether they drew the same.
+        """
+        if self._hello.rank:
+            epoch, step_id = result.epoch, result.step_id
+            result = worker_pb2.StepResult(epoch=epoch, step_id=step_id, checksum=step_checksum(result))
         if (outbox := self._results) is not None:
             outbox.put(worker_pb2.AttachRequest(result=result))
 
     def fail(self, error: BaseException, fatal: bool) -> None:
-        """End the session because a step cannot be done; `fatal` says that none will ever be."""
+        """End the session because a step cannot be done; `fatal` says that none will ever be, as for a rank
+        whose group has gone on without it."""
         self._log.error("a step failed", error=repr(error), exc_info=error if fatal else None)
         self._metrics.failure()
-        self._fatal = self._fatal or fatal
+        self._fatal = self._fatal or fatal or self.in_group
         if (call := self._call) is not None:
             call.cancel()
 
@@ -122,13 +135,14 @@ class HubClient:
         Raises:
             grpc.RpcError: the stream broke or was refused.
         """
+        self._started = False
         outbox: Outbox = queue.SimpleQueue()
         outbox.put(worker_pb2.AttachRequest(hello=self._hello))
         with grpc.insecure_channel(self._address, options=transport.CHANNEL_OPTIONS) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             call = self._call = stub.Attach(self._requests(outbox), metadata=transport.bearer(self._token))
             try:
-                if self._stopping.is_set():
+                if self._stopping.is_set() or self._fatal:
                     return
                 self._receive(call, executor, outbox)
                 self._log.info("the session ended")
@@ -137,7 +151,7 @@ class HubClient:
                 outbox.put(None)
                 call.cancel()
                 self._metrics.session(0)
-                if not self._stopping.is_set():
+                if not (self._stopping.is_set() or self.in_group):
                     executor.reset(0)
 
     def _receive(self, call: Any, executor: Executor, outbox: Outbox) -> None:
@@ -155,6 +169,7 @@ class HubClient:
                 executor.reset(epoch)
                 self._results = outbox
                 self._failures = 0
+                self._started = True
                 self._metrics.session(epoch)
                 self._log.info(
                     "attached", address=self._address, epoch=epoch, depth=response.start.max_inflight

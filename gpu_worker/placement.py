@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -22,9 +23,11 @@ from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.loader import ModelFiles
+from gpu_worker.parallel import Group
 from gpu_worker.runner import Runner
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Limits
+from kernels.ranks import Ranks
 
 LONGEST_DEFAULT = 32_768
 NUM_BUFFERS = 9  # of staging and results: one more than steps may be in flight
@@ -54,6 +57,7 @@ def place_on_cpu(
     dtype: torch.dtype,
     device: torch.device,
     log: structlog.stdlib.BoundLogger,
+    group: Group | None = None,
 ) -> tuple[Limits, Runner]:
     """The model, with as many KV blocks as a share of the free memory gives.
 
@@ -61,8 +65,8 @@ def place_on_cpu(
         StartError: there is no memory for a single block.
         ModelError: the model cannot be loaded.
     """
-    limits = _limits(settings, files.config)
-    size = block_bytes(files.config, limits.block_size, dtype)
+    limits, config = _limits(settings, files.config), _local(files, group)
+    size = block_bytes(config, limits.block_size, dtype)
     num_blocks = settings.num_blocks
     if not num_blocks:
         free = _free_bytes()
@@ -80,10 +84,11 @@ def place_on_cpu(
     _warn_if_short(num_blocks, limits, log)
     if num_blocks < 1:
         raise StartError(f"there is no memory for a single KV block of {size} bytes")
-    swapped = _host_memory(settings, limits, files.config, size, device)
+    swapped = _host_memory(settings, limits, config, size, device)
     limits = replace(limits, num_blocks=num_blocks, num_host_blocks=swapped.shape[1])
-    cache = KVCache(files.config, num_blocks, limits.block_size, dtype, device)
-    model, rows = _model(files, cache, dtype, device, limits, log), Rows(limits, device)
+    cache = KVCache(config, num_blocks, limits.block_size, dtype, device)
+    ranks = _ranks(files, dtype, limits, group)
+    model, rows = _model(files, cache, dtype, device, limits, log, ranks), Rows(limits, device)
     return limits, Runner(model, cache, rows, limits, NUM_BUFFERS, host=HostPool(cache, swapped))
 
 
@@ -93,6 +98,7 @@ def place_on_cuda(
     dtype: torch.dtype,
     device: torch.device,
     log: structlog.stdlib.BoundLogger,
+    group: Group | None = None,
 ) -> tuple[Limits, Runner]:
     """The model, with as many KV blocks as the device holds beside everything else, and its first graphs.
 
@@ -100,19 +106,20 @@ def place_on_cuda(
         StartError: the KV blocks do not fit.
         ModelError: the model cannot be loaded.
     """
-    trial = replace(_limits(settings, files.config), num_blocks=1)
-    size = block_bytes(files.config, trial.block_size, dtype)
-    pinning = ThreadPoolExecutor(1).submit(_host_memory, settings, trial, files.config, size, device)
-    with _compiled_ahead(files, dtype, trial, device, log) as rehearsal:
-        cache = KVCache(files.config, 1, trial.block_size, dtype, device)
-        model = _model(files, cache, dtype, device, trial, log)
+    trial, config = replace(_limits(settings, files.config), num_blocks=1), _local(files, group)
+    size = block_bytes(config, trial.block_size, dtype)
+    pinning = ThreadPoolExecutor(1).submit(_host_memory, settings, trial, config, size, device)
+    numbers = config, files.vocab_size, dtype, trial, 1 if group is None else group.size
+    with _compiled_ahead(repr(numbers), trial, device, log) as rehearsal:
+        cache = KVCache(config, 1, trial.block_size, dtype, device)
+        model = _model(files, cache, dtype, device, trial, log, _ranks(files, dtype, trial, group))
         rows = Rows(trial, device)
         runner = Runner(model, cache, rows, trial, NUM_BUFFERS)
         rehearsal(runner)
     log.info("weights loaded", gib=round(torch.cuda.memory_allocated(device) / memory.GIB, 1))
     num_blocks = settings.num_blocks
     try:
-        budget, padding = _measure(settings, files, trial, runner, device)
+        budget, padding = _measure(settings, files, trial, runner, device, group)
         num_blocks = memory.num_blocks(budget, size, _all_slots(trial), 1, num_blocks)
     except ValueError as error:
         raise StartError(str(error)) from error
@@ -121,7 +128,7 @@ def place_on_cuda(
     _warn_if_short(num_blocks, trial, log)
     swapped = pinning.result()
     limits = replace(trial, num_blocks=num_blocks, num_host_blocks=swapped.shape[1])
-    cache = KVCache(files.config, num_blocks, limits.block_size, dtype, device)
+    cache = KVCache(config, num_blocks, limits.block_size, dtype, device)
     model.use(cache)
     runner = Runner(model, cache, rows, limits, NUM_BUFFERS, padding, HostPool(cache, swapped))
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream(device)):
@@ -130,16 +137,29 @@ def place_on_cuda(
     return limits, runner
 
 
+def _local(files: ModelFiles, group: Group | None) -> ModelConfig:
+    """The numbers of what this process holds."""
+    return files.config if group is None else files.shard(group.rank, group.size).local
+
+
+def _ranks(files: ModelFiles, dtype: torch.dtype, limits: Limits, group: Group | None) -> Ranks | None:
+    return None if group is None else group.ranks(limits.max_batched_tokens, files.config.hidden_size, dtype)
+
+
 def _measure(
-    settings: WorkerSettings, files: ModelFiles, trial: Limits, runner: Runner, device: torch.device
-) -> tuple[memory.Budget, Padding | None]:
+    settings: WorkerSettings, files: ModelFiles, trial: Limits, runner: Runner, device: torch.device,
+    group: Group | None,
+) -> tuple[memory.Budget, Padding | None]:  # fmt: skip
     """Where the device's memory goes when the largest batches run, and for which batches there are graphs.
     Raises ValueError when they do not fit."""
     in_use, total = memory.used_bytes(device)
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
         # Graphs hold what never looks at the device: transformers' modules do.
-        padding = None if files.build else Padding.for_graphs(trial.max_slots, _launch_bound(runner, trial))
+        most = 0 if files.build else _launch_bound(runner, trial)
+        if group is not None:  # batches must have one size on all ranks
+            most = max(map(int, group.exchange("most tokens of a graph", str(most))))
+        padding = None if files.build else Padding.for_graphs(trial.max_slots, most)
     shapes = padding.shapes() if padding else [_largest(trial)]
     with memory.measured(device) as pool, torch.inference_mode():
         for size in (lambda shape: shape.tokens, lambda shape: shape.samples):
@@ -166,17 +186,15 @@ def _largest(limits: Limits) -> Shape:
 
 @contextmanager
 def _compiled_ahead(
-    files: ModelFiles,
-    dtype: torch.dtype,
+    key: str,
     limits: Limits,
     device: torch.device,
     log: structlog.stdlib.BoundLogger,
 ) -> Iterator[Callable[[Runner], None]]:
-    """Has the kernels compiled side by side, unless they are in the cache."""
+    """Has the kernels compiled side by side, unless they are in the cache. `key` is what they depend on."""
     from kernels.cuda import compile as ahead  # Triton is for CUDA alone
     from kernels.cuda.device import traits
 
-    key = repr((files.config, files.vocab_size, dtype, limits))
     warmer = ahead.warmer(traits(device).capability, key, len(os.sched_getaffinity(0)))
     if warmer is None:
         yield lambda runner: None
@@ -202,11 +220,12 @@ def _model(
     device: torch.device,
     limits: Limits,
     log: structlog.stdlib.BoundLogger,
+    ranks: Ranks | None,
 ) -> Decoder:
     def progress(done: int, of: int) -> None:
         log.info("loading", done_gb=round(done / 1e9, 1), of_gb=round(of / 1e9, 1))
 
-    build: Callable[..., Decoder] = files.build or Llama
+    build: Callable[..., Decoder] = files.build or partial(Llama, ranks=ranks)
     return build(
         files.config,
         files.weights(progress),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gpu_worker.batch import Inputs
-from gpu_worker.models.decoder import Decoder
+from gpu_worker.models.decoder import Decoder, whole
 from kernels.sample import SampledLogprobs, raw_logprobs
 
 # Positions whose logits are there at once: for a vocabulary of 152,000 they take 39 MB.
@@ -84,7 +84,7 @@ def report(
     columns = hidden[num_samples:], delta[num_samples:], tokens[slots, positions]
     parts = []
     for states, deltas, targets in zip(*(column.split(SLICE) for column in columns), strict=True):
-        logits = model.logits(states, deltas)[:, : model.vocab_size]
+        logits = whole(model, model.logits(states, deltas))[:, : model.vocab_size]
         parts.append(vars(raw_logprobs(logits, targets, max(wanted.num_top))).values())
     logprobs = SampledLogprobs(*map(torch.cat, zip(*parts, strict=True)))
     return (hidden[:num_samples], delta[:num_samples]), logprobs

@@ -12,11 +12,12 @@ from gpu_worker.grammar import Grammars
 from gpu_worker.graphs import NUM_FIRST, Graphs, Part
 from gpu_worker.host_pool import HostPool, Moment
 from gpu_worker.kv_cache import KVCache
-from gpu_worker.models.decoder import Decoder
+from gpu_worker.models.decoder import Decoder, whole
 from gpu_worker.prompt_logprobs import Wanted, report, with_told
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Batch, Diff, Limits
 from kernels.beams import candidates
+from kernels.ranks import Ranks, alone
 from kernels.rows import Masks, accept, fork, hold, note
 from kernels.sample import Features, SampledLogprobs, allow, raw_logprobs, sample
 
@@ -79,7 +80,8 @@ class Runner:
         self.graphs: Graphs | None = None
         if padding is not None:
             draws = {Part.WHOLE: self._draw_plainly, Part.MASKED: self._draw_within_masks}
-            self.graphs = Graphs(self._compute, draws, rows, self.padding, model.num_logits, device)
+            sizes = self.padding, model.num_logits, device
+            self.graphs = Graphs(self._compute, draws, rows, *sizes, model.ranks)
 
     def capture_first(self) -> None:
         """Capture the graphs without which nothing should be served."""
@@ -92,9 +94,10 @@ class Runner:
         and takes the memory that a real one takes."""
         block = torch.from_numpy(padding_alone(shape, self._rows.state.padding_slot))
         inputs = unpack(block.to(self._drawn.device), shape, self._rows.iota)
-        logits = self._compute(inputs)
-        self._draw_plainly(logits, inputs, shape)
-        self._draw_within_masks(logits, inputs, shape)
+        with alone(self._model.ranks):
+            logits = self._compute(inputs)
+            self._draw_plainly(logits, inputs, shape)
+            self._draw_within_masks(logits, inputs, shape)
 
     def rehearse_diff(self) -> None:
         """Change nothing in every way in which a step may change rows and blocks."""
@@ -175,18 +178,28 @@ class Runner:
     def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """Logits to tokens in the rows: what a graph captures after that."""
         drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
-        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]))
+        features, ranks = Features(any_random=True), self._model.ranks
+        self._draw(logits, inputs, features, drawn, StepOutputs([]), ranks=ranks)
 
     def _draw_within_masks(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
         """The same where rows follow grammars."""
         drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
-        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), self.grammars.masks)
+        logits = whole(self._model, logits)
+        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), self._masks())
 
     def _draw_as_asked(
         self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,
         outputs: StepOutputs,
     ) -> None:  # fmt: skip
-        """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows."""
+        """Iteration `i` from logits to tokens; logprobs are the model's own, whatever a grammar allows.
+
+        Ranks exchange what they do in a graph of the same batch: not all of them need have it.
+        """
+        if batch.beams is None and not batch.constrained:
+            ranks = self._model.ranks
+            self._draw(logits, inputs, batch.features, drawn, outputs, ranks=ranks)
+            return
+        logits = whole(self._model, logits)
         if batch.beams is not None:
             self._find(logits, batch.beams, outputs)
         if batch.drawing is not None:
@@ -201,10 +214,19 @@ class Runner:
         allowed = logits if most < 0 else logits.clone()
         self.grammars.settle()
         features = replace(batch.features, max_logprobs=-1)
-        self._draw(allowed, inputs, features, drawn, outputs, self.grammars.masks)
+        self._draw(allowed, inputs, features, drawn, outputs, self._masks())
         if most >= 0:
             raw = logits[:, : self._model.vocab_size].float()
             outputs.logprobs.append(raw_logprobs(raw, drawn[i, 0], most))
+
+    def _masks(self) -> Masks:
+        """Those of grammars. A row that one rank's host is late for sits the iteration out on all."""
+        masks, ranks = self.grammars.masks, self._model.ranks
+        if ranks is None:
+            return masks
+        ready = masks.num_tokens.to(self._drawn.device, non_blocking=True)
+        told = ranks.gathered(ready.view(torch.float32).unsqueeze(0)).view(torch.int32)
+        return replace(masks, num_tokens=told.view(ranks.size, -1).amin(0))
 
     def _find(self, logits: torch.Tensor, beams: Beams, outputs: StepOutputs) -> None:
         """The candidates of a step's searches."""
@@ -220,15 +242,16 @@ class Runner:
 
     def _draw(
         self, logits: torch.Tensor, inputs: Inputs, features: Features, drawn: torch.Tensor,
-        outputs: StepOutputs, masks: Masks | None = None,
+        outputs: StepOutputs, masks: Masks | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
+        """Logits, with `ranks` this rank's share of them, to tokens in the rows."""
         state = self._rows.state
         slots = takers = inputs.sample_slots
         if masks is not None:
             takers, of_row = hold(state, slots, masks)
             allow(logits, of_row, masks.bits)
         history = state.tokens, state.num_tokens, state.num_prompt
-        sampled = sample(logits, slots, state.columns, *history, self._model.vocab_size, features)
+        sampled = sample(logits, slots, state.columns, *history, self._model.vocab_size, features, ranks)
         accept(state, takers, sampled.token_ids, sampled.finite, inputs.iteration, drawn)
         if masks is not None:
             note(state, slots, of_row, sampled.token_ids, masks)

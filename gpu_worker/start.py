@@ -20,6 +20,7 @@ from gpu_worker.kv_cache import block_bytes
 from gpu_worker.metrics import WorkerMetrics
 from gpu_worker.models.config import ModelError
 from gpu_worker.models.loader import ModelFiles, open_model
+from gpu_worker.parallel import RendezvousError, connect
 from gpu_worker.placement import NUM_BUFFERS, StartError, place_on_cpu, place_on_cuda
 from gpu_worker.sampler import MAX_STOP_IDS
 from gpu_worker.spans import RowSpans
@@ -45,6 +46,8 @@ class Worker:
         """Serve until told to stop; returns the exit code."""
         self.executor.start()
         code = self.hub.run(self.executor)
+        if code and self.hub.in_group:
+            return code  # the step that runs may never end, for it waits for another rank
         self.executor.close(timeout=2.0)
         self.spans.close()
         return code
@@ -60,21 +63,27 @@ def build(settings: WorkerSettings, log: structlog.stdlib.BoundLogger) -> Worker
     tracing = Tracing.start(settings.otlp_traces_endpoint, "worker")
     device, dtype = _device(settings), _dtype(settings)
     name = settings.served_model_name or models.served_name(settings.model)
+    who = [settings.group_name or f"{socket.gethostname()}-{os.getpid()}", uuid.uuid4().hex]
     try:
+        if (group := connect(settings, device)) is not None:
+            who = group.exchange("who", "/".join(who))[0].rsplit("/", 1)  # they are what rank 0 is
         path, how = models.resolve(settings.model), settings.load_format
         files = open_model(path, how, settings.seed, settings.model_impl, dtype)
         log.info("loading", model=name, path=str(files.path), device=device.type, dtype=str(dtype))
         load = place_on_cpu if device.type == "cpu" else place_on_cuda
-        limits, runner = load(settings, files, dtype, device, log)
+        if padded := files.shard(settings.rank, settings.world_size).describe():
+            log.info("the model does not divide evenly over its ranks", rank=settings.rank, **padded)
+        limits, runner = load(settings, files, dtype, device, log, group)
     except (FileNotFoundError, ModelError) as error:
         raise StartError(str(error)) from error
-    group = settings.group_name or f"{socket.gethostname()}-{os.getpid()}"
-    metrics = WorkerMetrics(name, group)
-    if settings.metrics_port:
+    except RendezvousError as error:
+        raise StartError(str(error), EXIT_RETRY) from error
+    hello = _hello(settings, files, limits, dtype, name, who)
+    metrics = WorkerMetrics(name, hello.group_name)
+    if settings.metrics_port and hello.rank == 0:
         _serve_metrics(metrics, settings.metrics_port)
-    hello = _hello(settings, files, limits, dtype, name, group)
     hub = HubClient(settings.scheduler, hello, settings.token, metrics, log)
-    spans = RowSpans(tracing, group, hello.rank)
+    spans = RowSpans(tracing, hello.group_name, hello.rank)
     executor = DeviceExecutor(
         runner,
         Stager(limits, device, NUM_BUFFERS, runner.padding),
@@ -92,10 +101,13 @@ def _device(settings: WorkerSettings) -> torch.device:
     if settings.device == "cuda":
         if not torch.cuda.is_available():
             raise StartError("--device cuda: torch finds no CUDA device")
-        return torch.device("cuda", 0)
+        if (visible := torch.cuda.device_count()) < settings.world_size:
+            raise StartError(f"{settings.world_size} ranks want a CUDA device each; torch finds {visible}")
+        torch.cuda.set_device(settings.rank)
+        return torch.device("cuda", settings.rank)
     # The C kernels have threads of their own, and torch's would only take their cores away.
     torch.set_num_threads(1)
-    kernels.cpu.set_threads(settings.threads or len(os.sched_getaffinity(0)))
+    kernels.cpu.set_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // settings.world_size))
     return torch.device("cpu")
 
 
@@ -114,22 +126,22 @@ def _serve_metrics(metrics: WorkerMetrics, port: int) -> None:
 
 
 def _hello(
-    settings: WorkerSettings, files: ModelFiles, limits: Limits, dtype: torch.dtype, name: str, group: str
+    settings: WorkerSettings, files: ModelFiles, limits: Limits, dtype: torch.dtype, name: str, who: list[str]
 ) -> worker_pb2.Hello:
-    on_gpu = settings.device == "cuda"
+    on_gpu, shard = settings.device == "cuda", files.shard(settings.rank, settings.world_size)
     return worker_pb2.Hello(
         protocol_min=PROTOCOL,
         protocol_max=PROTOCOL,
         model_name=name,
         model_digest=files.digest,
-        group_name=group,
-        incarnation=uuid.uuid4().hex,
-        rank=0,
-        world_size=1,
+        group_name=who[0],
+        incarnation=who[1],
+        rank=settings.rank,
+        world_size=settings.world_size,
         vocab_size=files.vocab_size,
         max_model_len=limits.max_len,
         block_size=limits.block_size,
-        block_bytes=block_bytes(files.config, limits.block_size, dtype),
+        block_bytes=block_bytes(shard.local, limits.block_size, dtype),
         num_device_blocks=limits.num_blocks,
         num_host_blocks=limits.num_host_blocks,
         max_slots=limits.max_slots,

@@ -53,7 +53,7 @@ class TransformersModel:
         if device.type == "cpu":
             torch.set_num_threads(kernels.cpu.threads())  # it is torch that multiplies
         self.config, self.vocab_size, self.num_logits = config, vocab_size, config.vocab_size
-        self.rotations = torch.zeros(0, device=device)
+        self.rotations, self.ranks = torch.zeros(0, device=device), None
         self._module, self._dtype, self._device = module.to(device), dtype, device
         names = inspect.signature(module.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"

@@ -7,7 +7,9 @@ is the time between them: a decode of one token is some 270 calls, of a few micr
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -16,7 +18,10 @@ from kernels.checks import require
 from kernels.cpu.functions import f32, fields, function, i32, i64, ptr
 from kernels.linear import PackedLinear, linear, silu_and_mul_linear
 from kernels.norm import head_rms_norm, rms_norm
+from kernels.ranks import Place, Ranks
 from kernels.rope import rope_and_cache
+
+Product = Callable[..., torch.Tensor]
 
 _c_layers = function("pagoda_layers_run", ptr, i32, ptr, ptr, ptr)
 
@@ -147,20 +152,23 @@ class _CStep(ctypes.Structure):
 class LayerStack:
     """Layers that run one after the other. The tensors of each stay where they are while the stack lives.
 
+    With `ranks`, the layers are this rank's part: what `o` and `down` give is summed over all of them.
+
     Raises:
         ValueError: a layer's shapes or types do not belong together; the message names the attribute.
     """
 
-    def __init__(self, layers: list[Layer]) -> None:
+    def __init__(self, layers: list[Layer], ranks: Ranks | None = None) -> None:
         for layer in layers:
             layer.check()
-        self.layers = layers
+        self.layers, self._ranks = layers, ranks
         if layers and layers[0].qkv.data.is_cuda:
             from kernels.cuda.linear import workspace
 
             workspace(layers[0].qkv.data.device)
         in_c = all(p.address for layer in layers for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
-        self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers else None
+        alone = ranks is None
+        self._c = (_CLayer * len(layers))(*map(_c_layer, layers)) if in_c and layers and alone else None
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -190,9 +198,9 @@ class LayerStack:
         if hidden.is_cuda:
             from kernels.cuda import layer
 
-            return layer.forward(self.layers, hidden, step)
+            return layer.forward(self.layers, hidden, step, cast(Any, self._ranks))
         if self._c is None or not hidden.is_cpu:
-            return step.select(hidden, forward_reference(self.layers, hidden, step))
+            return step.select(hidden, forward_reference(self.layers, hidden, step, self._ranks))
         out = torch.empty_like(hidden)
         c_step = _CStep(
             step.cos_sin.data_ptr(), step.positions.data_ptr(), step.slot_mapping.data_ptr(),
@@ -215,9 +223,18 @@ def _c_layer(layer: Layer) -> _CLayer:
     )  # fmt: skip
 
 
-def forward_reference(layers: list[Layer], hidden: torch.Tensor, step: Step) -> torch.Tensor:
+def forward_reference(
+    layers: list[Layer], hidden: torch.Tensor, step: Step, ranks: Ranks | None = None
+) -> torch.Tensor:
     """What the last block adds to `hidden`, in calls of the single operations, each of which finds its own
     implementation; of all tokens."""
+
+    def over_ranks(place: Place, product: Product, x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        if ranks is None:
+            return product(x, packed)
+        part = ranks.part(place, x.shape[0], packed.out_features, packed.out_dtype)
+        return ranks.summed(place, product(x, packed, part))
+
     delta: torch.Tensor | None = None
     for layer in layers:
         _, num_kv_heads, _, dim = layer.value_cache.shape
@@ -238,7 +255,8 @@ def forward_reference(layers: list[Layer], hidden: torch.Tensor, step: Step) -> 
             q, *caches, *rows, layer.scale, sliding_window=layer.sliding_window,
             table_rows=step.table_rows, tiles=step.tiles, new_keys=k, new_values=v,
         )  # fmt: skip
-        normed = rms_norm(linear(attended.flatten(1), layer.o), layer.post_norm, layer.eps, hidden)
-        delta = silu_and_mul_linear(linear(normed, layer.gate_up), layer.down)
+        projected = over_ranks(Place.ATTENDED, linear, attended.flatten(1), layer.o)
+        normed = rms_norm(projected, layer.post_norm, layer.eps, hidden)
+        delta = over_ranks(Place.FED, silu_and_mul_linear, linear(normed, layer.gate_up), layer.down)
     assert delta is not None, "a stack has at least one layer"
     return delta

@@ -29,12 +29,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 
 from kernels import philox
 from kernels.cpu import sample as cpu
 from kernels.cpu.build import library
+from kernels.ranks import Ranks
 
 GREEDY_BELOW = 1e-5
 """A temperature below this is greedy: its reciprocal would carry logits out of float32's range."""
@@ -157,11 +159,13 @@ class Sampled:
 def sample(
     logits: torch.Tensor, slots: torch.Tensor, columns: SamplingColumns, tokens: torch.Tensor,
     num_tokens: torch.Tensor, num_prompt: torch.Tensor, vocab_size: int, features: Features,
+    ranks: Ranks | None = None,
 ) -> Sampled:  # fmt: skip
     """Draw one token for each row.
 
     Args:
-        logits: float32 or bfloat16 [R, V], V >= vocab_size; contiguous along V. Read only.
+        logits: float32 or bfloat16 [R, V], V >= vocab_size; contiguous along V. Read only. With `ranks`, this
+            rank's V columns, a multiple of 4, of which all ranks' side by side hold vocab_size.
         slots: int64[R], the rows' slots.
         columns: how to draw, by slot.
         tokens: int32[S, L], each slot's tokens so far, prompt first.
@@ -169,6 +173,7 @@ def sample(
         num_prompt: int32[S], how many of those are the prompt; the output position is the difference.
         vocab_size: how many ids may be drawn; logits beyond are padding and are not looked at.
         features: what the rows use.
+        ranks: who has the other columns; all of them draw the same.
 
     Returns:
         The drawn tokens. A row's result depends on that row alone.
@@ -180,7 +185,10 @@ def sample(
     if logits.device.type == "cuda":
         from kernels.cuda import sample as cuda
 
-        return cuda.sample(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
+        history = tokens, num_tokens, num_prompt
+        return cuda.sample(logits, slots, columns, *history, vocab_size, features, cast(Any, ranks))
+    if ranks is not None:
+        logits = ranks.gathered(logits)
     if logits.device.type != "cpu" or library() is None:
         return sample_reference(logits, slots, columns, tokens, num_tokens, num_prompt, vocab_size, features)
     sampled = _allocate(logits.shape[0], min(features.max_logprobs, vocab_size))
@@ -194,8 +202,9 @@ def allow(logits: torch.Tensor, masks: torch.Tensor, bits: torch.Tensor) -> None
     Args:
         logits: float32 or bfloat16 [R, V]; contiguous along V.
         masks: int32[R]: which mask is each row's; below 0 for a row that may draw anything.
-        bits: int32[G, W], contiguous: a token a bit, 32 a word, the lowest bit first; 0 rules a token out.
-            What lies beyond the last bit stays as it is.
+        bits: int32[G, W], contiguous along W: a token a bit, 32 a word, the lowest bit first; 0 rules a token
+            out. What lies beyond the last bit stays as it is. Logits that begin at a later id, a multiple of
+            32, take the words from there on.
     """
     if logits.is_cuda:
         from kernels.cuda import allow as cuda

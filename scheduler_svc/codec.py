@@ -5,9 +5,7 @@ Columns are copied whole (`extend` and slices run in C); nothing here loops over
 
 from __future__ import annotations
 
-import zlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from operator import ge
 from typing import Any
@@ -196,12 +194,6 @@ def _decode_prompts(result: wire.StepResult, flight: Flight) -> tuple[PromptLogp
         raise BadResult(f"{len(entries)} logprobs of prompts came, by row {came}; due were {due}")
     rest = iter(entries)
     return tuple(PromptLogprobs(row, tuple(islice(rest, count))) for row, count in came.items())
-
-
-def tokens_checksum(tokens: Iterable[int]) -> int:
-    """What ranks above 0 send of a step's tokens: CRC-32 over them as little-endian 32-bit words."""
-    words = array("I", tokens)
-    return zlib.crc32(words.tobytes())
 
 
 # ----------------------------------------------------------------------------- towards the sessions

@@ -15,8 +15,9 @@ import grpc
 import grpc.aio
 import structlog
 
+from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2 as wire
-from scheduler_svc.codec import BadResult, decode_result, tokens_checksum
+from scheduler_svc.codec import BadResult, decode_result
 from scheduler_svc.core.events import Plan, WorkerAttached
 from scheduler_svc.core.worker import Flight
 from scheduler_svc.engine import Engine
@@ -272,7 +273,7 @@ class WorkerHub:
         if rank.hello.rank == 0:
             self._first_rank(group, result)
         if group.world_size > 1:
-            own = result.checksum if rank.hello.rank else tokens_checksum(result.tokens)
+            own = result.checksum if rank.hello.rank else step_checksum(result)
             self._compare(group, rank.hello.rank, result.step_id, own)
 
     def _first_rank(self, group: Group, result: wire.StepResult) -> None:
@@ -289,11 +290,11 @@ class WorkerHub:
         self._engine.step_done(event, max(0.0, since - result.device_us / 1e6))
 
     def _compare(self, group: Group, rank: int, step_id: int, checksum: int) -> None:
-        """Ranks must have drawn the same tokens."""
+        """Ranks must have drawn the same."""
         seen = group.checksums.setdefault(step_id, {})
         seen[rank] = checksum
         if len(set(seen.values())) > 1:
-            raise BadResult(f"step {step_id}: the ranks' tokens differ, checksums {seen}")
+            raise BadResult(f"step {step_id}: what the ranks drew differs, checksums {seen}")
         if len(seen) == group.world_size:
             del group.checksums[step_id]
         elif len(group.checksums) > MAX_RANK_LAG:

@@ -8,6 +8,7 @@ import torch
 
 from gpu_worker.kv_cache import KVCache
 from kernels.layer import Step
+from kernels.ranks import Ranks
 
 
 class Decoder(Protocol):
@@ -15,12 +16,14 @@ class Decoder(Protocol):
 
     Attributes:
         vocab_size: ids that there are.
-        num_logits: of a token, at least `vocab_size`.
+        num_logits: of a token, at least `vocab_size`; with `ranks`, this rank's share.
         rotations: goes into each forward's `Step`.
+        ranks: the others that hold parts of it; None for a whole model.
     """
 
     vocab_size: int
     rotations: torch.Tensor
+    ranks: Ranks | None
 
     @property
     def num_logits(self) -> int: ...
@@ -29,3 +32,8 @@ class Decoder(Protocol):
     def logits(
         self, hidden: torch.Tensor, delta: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor: ...
+
+
+def whole(model: Decoder, logits: torch.Tensor) -> torch.Tensor:
+    """Logits of all ids, from what `Decoder.logits` returned."""
+    return logits if model.ranks is None else model.ranks.gathered(logits)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gpu_worker.models.config import ModelConfig, ModelError, is_native, read_config
+from gpu_worker.models.shard import Part, Shard
 from gpu_worker.models.stream import Span, Streamer, StreamError
 
 DIGEST_SAMPLES = 64
@@ -41,6 +43,10 @@ Report = Callable[[int, int], None]
 
 class WeightSource(Protocol):
     """Where a model takes its tensors from, under Hugging Face's names."""
+
+    def split(self, shard: Shard) -> None:
+        """Give this rank's parts of tensors from now on: shapes are those of the parts then."""
+        ...
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor, of this shape, in whatever dtype the source has, on the CPU. Raises ModelError."""
@@ -70,6 +76,18 @@ class Stored:
     span: Span | None = None
     """Its numbers, where they lie in the file as a device can use them."""
 
+    def cut(self, part: Part | None) -> Stored:
+        """The same with what a rank holds of it to read: in its bytes and span without the zeros behind the
+        part. `shape` stays the whole tensor's. Where the file is mapped, no other pages are touched."""
+        if part is None:
+            return self
+        span, num_bytes = self.span, self.num_bytes * part.count // part.whole
+        if span is not None:
+            row = math.prod(self.shape[1:]) * span.dtype.itemsize
+            first = part.first * (span.dtype.itemsize if part.dim else row)
+            span = replace(span, offset=span.offset + first, stride=row if part.dim else 0)
+        return replace(self, read=lambda: part.cut(self.read()), num_bytes=num_bytes, span=span)
+
 
 class Progress:
     """Counts the bytes that have come and says so now and then; any thread may count."""
@@ -82,7 +100,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`report` is called with the bytes done and `total`, not more often than `every` seconds."""
-        self._total, self._report, self._every, self._clock = total, report, every, clock
+        self.total, self._report, self._every, self._clock = total, report, every, clock
         self._done, self._next = 0, clock() + every
         self._lock = threading.Lock()
 
@@ -94,7 +112,7 @@ class Progress:
             if now < self._next:
                 return
             self._next = now + self._every
-        self._report(done, self._total)
+        self._report(done, self.total)
 
 
 class StoredWeights:
@@ -116,6 +134,12 @@ class StoredWeights:
         self._progress = Progress(total, report or (lambda done, of: None), REPORT_SECONDS)
         self._files: dict[str, Path] = {}
         self._streamer: Streamer | None = None
+        self._part: Callable[[str], Part | None] = lambda name: None
+
+    def split(self, shard: Shard) -> None:
+        """See `WeightSource.split`."""
+        self._part = shard.part
+        self._progress.total = sum(s.cut(shard.part(name)).num_bytes for name, s in self._left.items())
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """See `WeightSource.take`."""
@@ -129,14 +153,14 @@ class StoredWeights:
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """See `WeightSource.fill`."""
-        stored = self._pop(name, tuple(out.shape))
+        stored, part = self._pop(name, tuple(out.shape)), self._part(name)
         self._files[name] = stored.file
         self._streamer = self._streamer or Streamer(out.device, self._progress.add)
         try:
             if stored.span is None:
                 self._streamer.fill_from(name, stored.read, stored.num_bytes, out)
             else:
-                self._streamer.fill(name, stored.span, out)
+                self._streamer.fill(name, stored.span, part.room(out) if part else out)
         except OSError as error:
             raise self._unreadable(stored.file, name, error) from error
 
@@ -154,7 +178,8 @@ class StoredWeights:
                 raise self._unreadable(self._files[error.name], error.name, error) from error
 
     def _pop(self, name: str, shape: tuple[int, ...]) -> Stored:
-        stored = self._left.pop(name, None)
+        stored, part = self._left.pop(name, None), self._part(name)
+        shape = part.whole_shape(shape) if part else shape
         if stored is None:
             self._give_up()
             raise ModelError(f"{self._where}: tensor {name} is missing")
@@ -164,7 +189,7 @@ class StoredWeights:
                 f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
                 f"the config asks for {list(shape)}"
             )
-        return stored
+        return stored.cut(part)
 
     def _unreadable(self, file: Path, name: str, error: Exception) -> ModelError:
         self._give_up()
@@ -185,18 +210,30 @@ class DummyWeights:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._std = config.initializer_range
         self._seed = seed
+        self._part: Callable[[str], Part | None] = lambda name: None
+
+    def split(self, shard: Shard) -> None:
+        """See `WeightSource.split`; ranks cut what a single one would draw."""
+        self._part = shard.part
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Ones for norms, else normal numbers, float32."""
         if name.endswith("norm.weight"):
             return torch.ones(shape)
-        generator = torch.Generator().manual_seed(self._seed_of(name))
-        return torch.empty(shape).normal_(0.0, self._std, generator=generator)
+        part = self._part(name)
+        values = self._draw(name, torch.empty(part.whole_shape(shape) if part else shape))
+        return part.cut(values) if part else values
 
     def fill(self, name: str, out: torch.Tensor) -> None:
         """Normal numbers, drawn where `out` is."""
+        part = self._part(name)
+        drawn = self._draw(name, out.new_empty(part.whole_shape(tuple(out.shape))) if part else out)
+        if part is not None:
+            out.copy_(part.cut(drawn))
+
+    def _draw(self, name: str, out: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator(out.device).manual_seed(self._seed_of(name))
-        out.normal_(0.0, self._std, generator=generator)
+        return out.normal_(0.0, self._std, generator=generator)
 
     def finish(self) -> None:
         """Nothing can be left over."""
@@ -219,6 +256,15 @@ class ModelFiles:
     or what else `build` takes."""
     build: Callable[..., Any] | None = None
     """Makes the model, with `Llama`'s arguments; None for `Llama`."""
+
+    def shard(self, rank: int, size: int) -> Shard:
+        """What a rank holds of it. Raises ModelError where the model cannot be split."""
+        if self.build is not None and size > 1:
+            raise ModelError(
+                f"{self.path}: a model on transformers' modules cannot be split over {size} ranks: serve it "
+                "with --tensor-parallel 1, or with --model-impl native if its architecture is native"
+            )
+        return Shard.of(self.config, rank, size)
 
 
 def open_model(

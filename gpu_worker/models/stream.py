@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Span:
     offset: int
     """Bytes before the first number."""
     dtype: torch.dtype
+    stride: int = 0
+    """Bytes from a row's first number to the next row's, where only a range of each row is wanted."""
 
 
 class StreamError(Exception):
@@ -65,18 +67,23 @@ class Streamer:
             thread.start()
 
     def fill(self, name: str, span: Span, out: torch.Tensor) -> None:
-        """Bring a tensor into `out`, contiguous and of any float type; it is there when `finish` returns.
+        """Bring a tensor into `out`, of any float type; it is there when `finish` returns.
+
+        `out` is contiguous or, for a span with a stride, [rows, columns], no row larger than a piece.
 
         Raises:
             OSError: the file cannot be opened.
         """
         if span.file not in self._files:
             self._files[span.file] = os.open(span.file, os.O_RDONLY)
-        file, flat = self._files[span.file], out.view(-1)
-        step = PIECE_BYTES // span.dtype.itemsize
-        for first in range(0, flat.numel(), step):
-            piece, offset = flat[first : first + step], span.offset + first * span.dtype.itemsize
-            self._jobs.put((name, partial(self._copy, file, offset, span.dtype, piece)))
+        file, step = self._files[span.file], PIECE_BYTES // span.dtype.itemsize
+        if span.stride:
+            step, stride = step // max(1, out.shape[1]), span.stride
+        else:
+            out, stride = out.view(-1), span.dtype.itemsize
+        for first in range(0, len(out) if out.numel() else 0, step):
+            piece = replace(span, offset=span.offset + first * stride)
+            self._jobs.put((name, partial(self._copy, file, piece, out[first : first + step])))
 
     def fill_from(
         self, name: str, read: Callable[[], torch.Tensor], num_bytes: int, out: torch.Tensor
@@ -129,14 +136,16 @@ class Streamer:
             except Exception as error:  # whatever it is, the one who waits is told
                 self._error = self._error or StreamError(name, error)
 
-    def _copy(self, file: int, offset: int, dtype: torch.dtype, out: torch.Tensor, lane: _Lane) -> None:
-        num_bytes = out.numel() * dtype.itemsize
-        _read(file, lane.host.numpy().data[:num_bytes], offset)
-        values = lane.host[:num_bytes].view(dtype)
+    def _copy(self, file: int, span: Span, out: torch.Tensor, lane: _Lane) -> None:
+        num_bytes = out.numel() * span.dtype.itemsize
+        host, width = lane.host.numpy().data[:num_bytes], num_bytes // (len(out) if span.stride else 1)
+        for i, first in enumerate(range(0, num_bytes, width)):
+            _read(file, host[first : first + width], span.offset + i * span.stride)
+        values = lane.host[:num_bytes].view(span.dtype)
         with lane.entered():
-            if dtype is not out.dtype:  # torch would convert on the host
-                values = lane.staging[:num_bytes].view(dtype).copy_(values, non_blocking=True)
-            out.copy_(values, non_blocking=True)
+            if span.dtype is not out.dtype or not out.is_contiguous():  # torch would convert on the host
+                values = lane.staging[:num_bytes].view(span.dtype).copy_(values, non_blocking=True)
+            out.copy_(values.view(out.shape), non_blocking=True)
         lane.synchronize()
         self._arrived(num_bytes)
 

@@ -13,7 +13,7 @@ BLOCK = 2048
 @triton.jit
 def allow_kernel(logits, masks, bits, stride, num_words, width, BLOCK: tl.constexpr):
     """A block of one row of logits [R, stride]; `width` of a row's tokens have bits, 32 in each word,
-    perhaps in host memory."""
+    perhaps in host memory; masks are `num_words` apart."""
     row = tl.program_id(1)
     mask = tl.load(masks + row)
     if mask >= 0:
@@ -26,8 +26,7 @@ def allow_kernel(logits, masks, bits, stride, num_words, width, BLOCK: tl.conste
 
 def allow(logits: torch.Tensor, masks: torch.Tensor, bits: torch.Tensor) -> None:
     """See `kernels.sample.allow`."""
-    words = bits.shape[1]
-    width = min(32 * words, logits.shape[1])
+    width = min(32 * bits.shape[1], logits.shape[1])
     allow_kernel[(triton.cdiv(width, BLOCK), logits.shape[0])](
-        logits, masks, bits, logits.stride(0), words, width, BLOCK=BLOCK
+        logits, masks, bits, logits.stride(0), bits.stride(0), width, BLOCK=BLOCK
     )

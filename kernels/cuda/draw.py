@@ -4,6 +4,9 @@ A first launch cuts each row into splits and finds each split's best token: gree
 random rows take the noise into the bargain, computed in registers from (seed, position, id), so that the
 logits are read once and nothing of the vocabulary's size is written. A second finds the best of each row's
 splits. Which of the two a row is, its temperature on the device says.
+
+Where ranks hold columns each, the second also exchanges its rank's best with the others' (see
+`kernels.cuda.ranks`), and takes the best of them.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import triton
 import triton.language as tl
 
 from kernels import philox
+from kernels.cuda.meet import addresses, epoch_of, meet
+from kernels.cuda.ranks import PROGRAMS as RANK_PROGRAMS
+from kernels.cuda.ranks import DeviceRanks
 from kernels.sample import GREEDY_BELOW, SamplingColumns
 
 BLOCK = 1024
@@ -39,7 +45,8 @@ _HALF_STEP = tl.constexpr(2.0**-24)
 
 
 class Rows(NamedTuple):
-    """What `kernels.sample.sample` is told of the rows of a batch, or a part of it, beside their logits."""
+    """What `kernels.sample.sample` is told of the rows of a batch, or a part of it, beside their logits; and
+    which id is the logits' first, a multiple of 4, with `vocab_size` of them from there."""
 
     slots: torch.Tensor
     columns: SamplingColumns
@@ -47,6 +54,7 @@ class Rows(NamedTuple):
     num_tokens: torch.Tensor
     num_prompt: torch.Tensor
     vocab_size: int
+    first_id: int = 0
 
 
 class Split(NamedTuple):
@@ -58,10 +66,10 @@ class Split(NamedTuple):
 
 def split_vocabulary(num_rows: int, vocab_size: int, block: int) -> Split:
     """Pieces of whole blocks, so many that about `PROGRAMS` programs have work, at most `MAX_SPLITS`."""
-    blocks = triton.cdiv(vocab_size, block)
+    blocks = max(1, triton.cdiv(vocab_size, block))  # a rank may hold nothing but padding
     number = min(blocks, MAX_SPLITS, max(1, PROGRAMS // num_rows))
     size = triton.cdiv(blocks, number) * block
-    return Split(triton.cdiv(vocab_size, size), size)
+    return Split(triton.cdiv(blocks * block, size), size)
 
 
 @triton.jit
@@ -158,10 +166,12 @@ def _best_noisy(
     threshold,
     position,
     seed,
+    first_id,
     FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Best sum of scaled score and noise of a split, and its token; only scaled scores >= threshold count."""
+    """Best sum of scaled score and noise of a split, and its token; only scaled scores >= threshold count.
+    The noise is that of ids from `first_id` on."""
     best = tl.full([BLOCK // 4], _NEG_INF, tl.float32)
     token = tl.zeros([BLOCK // 4], tl.int32)
     bad = tl.zeros([BLOCK // 4], tl.int1)
@@ -169,7 +179,10 @@ def _best_noisy(
         scores4 = _quarters(load_scores(scores, first + tl.arange(0, BLOCK), width, vocab_size), BLOCK)
         place = first + 4 * tl.arange(0, BLOCK // 4)
         words4 = philox_words(
-            (place // 4).to(tl.uint32), position.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+            ((first_id + place) // 4).to(tl.uint32),
+            position.to(tl.uint32),
+            seed.to(tl.uint32),
+            (seed >> 32).to(tl.uint32),
         )
         for j in tl.static_range(4):
             score = scores4[j]
@@ -198,6 +211,7 @@ def draw_kernel(
     width,
     vocab_size,
     split_size,
+    first_id,
     RANDOM: tl.constexpr,
     FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -226,6 +240,7 @@ def draw_kernel(
                 threshold,
                 position,
                 seed,
+                first_id,
                 FILTERED,
                 BLOCK,
             )
@@ -234,23 +249,58 @@ def draw_kernel(
     else:
         value, token = _best(scores, start, end, width, vocab_size, BLOCK)
     tl.store(values + out, value)
-    tl.store(tokens + out, token)
+    tl.store(tokens + out, first_id + token)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def combine_kernel(values, tokens, token_ids, finite, num_splits):
-    """The best of each row's splits: token_ids int32[R] and finite bool[R]."""
-    row = tl.program_id(0)
+@triton.jit
+def _best_of_row(values, tokens, row, num_splits):
+    """The best value of a row's splits, its lowest token, and how many of them are not finite. Where all are,
+    no lane equals the top, and the token is _NO_TOKEN."""
     lanes = tl.arange(0, _MAX_SPLITS)
     inside = lanes < num_splits
     value = tl.load(values + row * num_splits + lanes, mask=inside, other=_NEG_INF)
     token = tl.load(tokens + row * num_splits + lanes, mask=inside, other=_NO_TOKEN)
     bad = tl.max((value != value).to(tl.int32), 0)
     top = tl.max(tl.where(value == value, value, _NEG_INF), 0)
-    winner = tl.min(tl.where(value == top, token, _NO_TOKEN), 0)
-    # No lane equals the top when all are NaN.
+    return top, tl.min(tl.where(value == top, token, _NO_TOKEN), 0), bad
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_kernel(values, tokens, token_ids, finite, num_splits):
+    """The best of each row's splits: token_ids int32[R] and finite bool[R]."""
+    row = tl.program_id(0)
+    top, winner, bad = _best_of_row(values, tokens, row, num_splits)
     tl.store(token_ids + row, tl.where(winner == _NO_TOKEN, 0, winner))
     tl.store(finite + row, (bad == 0) & (top > _NEG_INF))
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_rows", "rank", "quiet"])
+def combine_ranks_kernel(
+    values, tokens, token_ids, finite, flags, own_flags, rooms, own, num_splits, num_rows, rank, quiet,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """The same over all ranks' splits. A row's room holds two candidates, value and token each, of which the
+    epoch's lowest bit chooses one; see `kernels.cuda.ranks`."""
+    their_flags, their_rooms = addresses(flags, own_flags, SIZE), addresses(rooms, own, SIZE)
+    half = (epoch_of(own_flags, rank, SIZE) & 1) * 2
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        top, winner, bad = _best_of_row(values, tokens, row, num_splits)
+        top = tl.where(bad > 0, float("nan"), top)
+        tl.store(own + row * 4 + half, top.to(tl.int32, bitcast=True))
+        tl.store(own + row * 4 + half + 1, winner)
+    meet(their_flags, own_flags, rank, quiet, SIZE)
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        best, token, good = _NEG_INF, 0, True
+        for peer in tl.static_range(SIZE):
+            place = their_rooms[peer] + row * 4 + half
+            top = tl.load(place, cache_modifier=".cg").to(tl.float32, bitcast=True)
+            winner = tl.load(place + 1, cache_modifier=".cg")
+            good = good & (top == top)
+            token = tl.where(top > best, winner, token)  # ties stay with the lower rank, whose ids are lower
+            best = tl.where(top > best, top, best)
+        good = good & (best > _NEG_INF)
+        tl.store(token_ids + row, tl.where(good, token, 0))
+        tl.store(finite + row, good)
 
 
 def best_of_splits(
@@ -275,6 +325,7 @@ def best_of_splits(
         scores.shape[1],
         rows.vocab_size,
         split.size,
+        rows.first_id,
         RANDOM=any_random,
         FILTERED=thresholds is not None,
         BLOCK=BLOCK,
@@ -284,7 +335,20 @@ def best_of_splits(
 
 
 def combine_splits(
-    values: torch.Tensor, tokens: torch.Tensor, token_ids: torch.Tensor, finite: torch.Tensor
+    values: torch.Tensor,
+    tokens: torch.Tensor,
+    token_ids: torch.Tensor,
+    finite: torch.Tensor,
+    ranks: DeviceRanks | None = None,
 ) -> None:
-    """Write token_ids int32[rows] and finite bool[rows] from what `best_of_splits` returned."""
-    combine_kernel[(len(token_ids),)](values, tokens, token_ids, finite, values.shape[1], num_warps=1)
+    """Write token_ids int32[rows] and finite bool[rows] from what `best_of_splits` returned, on all ranks."""
+    rows, splits = values.shape
+    results = values, tokens, token_ids, finite
+    if ranks is None:
+        combine_kernel[(rows,)](*results, splits, num_warps=1)
+        return
+    rooms, size, quiet = ranks.drawing(rows)
+    # As many programs as there are rows, so that a row is always the same one's.
+    combine_ranks_kernel[(min(rows, RANK_PROGRAMS),)](
+        *results, *rooms, splits, rows, ranks.rank, quiet, SIZE=size, num_warps=1
+    )

@@ -59,6 +59,22 @@ TILES: dict[tuple[int, int, int], Tile] = {
     (152064, 3584, 16): Tile(64, 128, 4, swap=True, span=256),
     (152064, 3584, 32): Tile(64, 128, 4, swap=True, span=256),
     (152064, 3584, 64): Tile(64, 128, 3, span=256),
+    # One of two ranks of the same model.
+    (2304, 3584, 16): Tile(32, 128, 6, split=5, span=256),
+    (2304, 3584, 32): Tile(64, 128, 4, split=3, swap=True, span=256),
+    (2304, 3584, 64): Tile(32, 128, 4, split=3, span=256),
+    (3584, 1792, 16): Tile(32, 128, 6, span=256),
+    (3584, 1792, 32): Tile(32, 128, 6, span=256),
+    (3584, 1792, 64): Tile(32, 128, 4, span=256),
+    (18944, 3584, 16): Tile(32, 128, 6, span=256),
+    (18944, 3584, 32): Tile(64, 128, 3, swap=True, span=256),
+    (18944, 3584, 64): Tile(128, 64, 4),
+    (3584, 9472, 16): Tile(64, 128, 4, split=7, span=256),
+    (3584, 9472, 32): Tile(64, 128, 4, split=2, swap=True, span=256),
+    (3584, 9472, 64): Tile(32, 128, 4, split=2, span=256),
+    (76032, 3584, 16): Tile(64, 128, 4),
+    (76032, 3584, 32): Tile(64, 128, 3, swap=True, span=256),
+    (76032, 3584, 64): Tile(64, 128, 3, span=256),
     (1152, 896, 16): Tile(32, 128, 6, span=512),
     (1152, 896, 32): Tile(32, 128, 6, span=512),
     (1152, 896, 64): Tile(64, 128, 3),
@@ -183,17 +199,20 @@ def _cut(x: torch.Tensor, packed: PackedLinear, tile: Tile | None) -> tuple[Tile
 
 
 def skinny_linear(
-    x: torch.Tensor | Normed, packed: PackedLinear, out: torch.Tensor, tile: Tile | None = None
-) -> torch.Tensor:
-    """x W^T + bias of few rows, [T, N]; x contiguous rows or those of a norm."""
+    x: torch.Tensor | Normed, packed: PackedLinear, out: torch.Tensor, tile: Tile | None = None,
+    remotes: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x W^T + bias of few rows, [T, N]; x contiguous rows or those of a norm. With `remotes`, int64, it is
+    written to each of these addresses, of memory laid out like `out`, one of which is `out`'s own."""
     squares, parts, eps = None, 0, 0.0
     if isinstance(x, Normed):
         x, squares, parts, eps = x
     tile, grid, options = _cut(x, packed, tile)
     launch(
-        skinny.linear_kernel, grid, x, packed.data, packed.bias, squares, out, *workspace(x.device),
+        skinny.linear_kernel, grid, x, packed.data, packed.bias, squares, out, remotes, *workspace(x.device),
         x.shape[0], packed.out_features, packed.in_features, parts, x.stride(0), out.stride(0), eps,
-        PARTS=triton.next_power_of_2(parts) if parts else 1, **options,
+        PARTS=triton.next_power_of_2(parts) if parts else 1, RANKS=0 if remotes is None else len(remotes),
+        **options,
     )  # fmt: skip
     return out
 

@@ -45,7 +45,7 @@ def rms_norm(
         rms_norm_kernel, (x.shape[0] * heads,), x, weight, residual, out,
         x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0), eps,
         HEADS=heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), OVERLAPS=overlaps,
-        overlaps=overlaps, num_warps=_warps(dim),
+        overlaps=overlaps, num_warps=warps_of(dim),
     )  # fmt: skip
     return out
 
@@ -75,10 +75,10 @@ def scale_and_square(
     launch(
         scale_and_square_kernel, (rows,), x, weight, scaled, squares,
         DIM=dim, BLOCK=triton.next_power_of_2(dim), OVERLAPS=overlaps,
-        overlaps=overlaps, num_warps=_warps(dim),
+        overlaps=overlaps, num_warps=warps_of(dim),
     )  # fmt: skip
 
 
-def _warps(dim: int) -> int:
+def warps_of(dim: int) -> int:
     """Eight numbers or so for every thread."""
     return min(16, max(1, triton.next_power_of_2(dim) // 256))

@@ -15,6 +15,7 @@ import torch
 from kernels.cuda.draw import Rows, best_of_splits, combine_splits
 from kernels.cuda.edit import edited_scores
 from kernels.cuda.filter import filter_thresholds
+from kernels.cuda.ranks import DeviceRanks
 from kernels.sample import Features, Sampled, SamplingColumns, raw_logprobs
 
 GROUP_BYTES = 64 << 20
@@ -22,7 +23,12 @@ GROUP_BYTES = 64 << 20
 
 
 def _sample_group(
-    logits: torch.Tensor, rows: Rows, features: Features, token_ids: torch.Tensor, finite: torch.Tensor
+    logits: torch.Tensor,
+    rows: Rows,
+    features: Features,
+    token_ids: torch.Tensor,
+    finite: torch.Tensor,
+    ranks: DeviceRanks | None,
 ) -> None:
     """Draw for rows whose scratch buffers fit."""
     scores, thresholds = logits, None
@@ -32,7 +38,7 @@ def _sample_group(
         maxima, _ = best_of_splits(scores, rows, any_random=False, thresholds=None)
         thresholds = filter_thresholds(scores, rows, maxima)
     values, tokens = best_of_splits(scores, rows, features.any_random, thresholds)
-    combine_splits(values, tokens, token_ids, finite)
+    combine_splits(values, tokens, token_ids, finite, ranks)
 
 
 def sample(
@@ -44,14 +50,25 @@ def sample(
     num_prompt: torch.Tensor,
     vocab_size: int,
     features: Features,
+    ranks: DeviceRanks | None = None,
 ) -> Sampled:
     """`kernels.sample.sample`, whose arguments these are. Results and scratch come from torch's allocator.
+
+    Ranks draw each among its own columns and exchange what they drew; edits, filters and logprobs, which look
+    at whole rows, gather these first.
 
     Raises:
         TypeError: the logits are not contiguous along the vocabulary.
     """
     if logits.stride(1) != 1:
         raise TypeError("logits must be contiguous along the vocabulary")
+    plain = features == Features(any_random=features.any_random)
+    first_id = 0
+    if ranks is not None and plain:
+        first_id = ranks.rank * logits.shape[1]
+        vocab_size = max(0, min(logits.shape[1], vocab_size - first_id))
+    elif ranks is not None:
+        logits, ranks = ranks.gathered(logits), None
     num_rows = logits.shape[0]
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     finite = torch.empty(num_rows, dtype=torch.bool, device=logits.device)
@@ -61,8 +78,8 @@ def sample(
     group = max(16, GROUP_BYTES // (64 * vocab_size) * 16) if edits or filters else max(num_rows, 1)
     for first in range(0, num_rows, group):
         part = slice(first, first + group)
-        rows = Rows(slots[part], columns, tokens, num_tokens, num_prompt, vocab_size)
-        _sample_group(logits[part], rows, features, token_ids[part], finite[part])
+        rows = Rows(slots[part], columns, tokens, num_tokens, num_prompt, vocab_size, first_id)
+        _sample_group(logits[part], rows, features, token_ids[part], finite[part], ranks)
     logprobs = None
     if features.max_logprobs >= 0:
         logprobs = raw_logprobs(logits[:, :vocab_size].float(), token_ids, features.max_logprobs)

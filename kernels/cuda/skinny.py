@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.cuda.meet import addresses
+
 # Threads of one program that ask for weights ahead of time, one piece of a row each.
 PIECES = tl.constexpr(128)
 
@@ -127,22 +129,32 @@ def _with_bias(total, bias, rows):
 
 
 @triton.jit
-def _store_linear(total, bias, out, tile, rows, M, N, stride_out, BM: tl.constexpr, BN: tl.constexpr):
+def _store_linear(
+    total, bias, out, peers, tile, rows, M, N, stride_out, BM: tl.constexpr, BN: tl.constexpr,
+    RANKS: tl.constexpr,
+):  # fmt: skip
+    """To `out`, or to the same place in the memory of each rank."""
     token, row = tl.arange(0, BM), tile * BN + tl.arange(0, BN)
     inside = (token < M)[:, None] & (row < N)[None, :]
     total = _with_bias(total, bias, rows).to(out.dtype.element_ty)
-    tl.store(out + token.to(tl.int64)[:, None] * stride_out + row[None, :], total, mask=inside)
+    place = token.to(tl.int64)[:, None] * stride_out + row[None, :]
+    if RANKS == 0:
+        tl.store(out + place, total, mask=inside)
+    for peer in tl.static_range(RANKS):
+        tl.store(peers[peer] + place, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "count"])
 def linear_kernel(
-    x, weight, bias, squares, out, partial, arrivals,
+    x, weight, bias, squares, out, remotes, partial, arrivals,
     M, N, K, count, stride_x, stride_out, eps,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     WHOLE: tl.constexpr, SWAP: tl.constexpr, SPAN: tl.constexpr, OVERLAPS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):  # fmt: skip
-    """out = x W^T + bias; with `squares`, of x's RMS norm."""
+    """out = x W^T + bias; with `squares`, of x's RMS norm; with RANKS, in what `remotes` name instead."""
     tile, split = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    peers = addresses(remotes, out, RANKS)
     rows = tl.minimum(tile * BN + tl.arange(0, BN), N - 1)
     first, end = _columns(split, K, BK, SPLIT)
     _enter(weight, rows, K, first, BN, SPAN, OVERLAPS)
@@ -150,10 +162,10 @@ def linear_kernel(
     if squares is not None:
         total = _normed(total, _load_squares(squares, count, BM, PARTS), K, eps)
     if SPLIT == 1:
-        _store_linear(total, bias, out, tile, rows, M, N, stride_out, BM, BN)
+        _store_linear(total, bias, out, peers, tile, rows, M, N, stride_out, BM, BN, RANKS)
     elif _deposit(total, partial, arrivals, tile, split, SPLIT, BM, BN):
         total = _collect(partial, arrivals, tile, SPLIT, BM, BN)
-        _store_linear(total, bias, out, tile, rows, M, N, stride_out, BM, BN)
+        _store_linear(total, bias, out, peers, tile, rows, M, N, stride_out, BM, BN, RANKS)
 
 
 @triton.jit

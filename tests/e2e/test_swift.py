@@ -213,6 +213,26 @@ def test_programs_answer_as_the_openai_route_does(
         assert info["tokens/s"] == pytest.approx(info["num_generated_tokens"] / info["runtime"])
 
 
+def test_two_cards_answer_as_one(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The document's second case: both cards are named in Python, and the engine is told how many."""
+    source = (EXAMPLES / "swift_two_cards.py").read_text()
+    two = "tensor_parallel_size=2"
+    assert source.count(two) == 1
+    monkeypatch.setattr(sys, "argv", ["program"])
+    answers = {}
+    for size in (2, 1):
+        printed, variables = run(source.replace(two, f"tensor_parallel_size={size}"))
+        engine = variables["engine"]
+        try:
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+            log = next(engine._cluster._folder.glob("logs/worker-0.log")).read_text()
+            answers[size] = printed, log.count('"event": "attached"')
+        finally:
+            engine.close()
+    assert answers[2][0] == answers[1][0] and "response: The capital of France is Paris.\n" in answers[2][0]
+    assert [answers[size][1] for size in (1, 2)] == [1, 2], "each rank attaches"
+
+
 def test_an_example_runs_as_its_users_run_it_and_leaves_nothing(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -388,8 +408,8 @@ def test_infer_is_ended_while_it_starts_and_by_sigterm(environment: dict[str, st
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["infer", "--model_type", QWEN, "--tensor_parallel_size", "2"], "tensor_parallel_size=2"),
-        (["deploy", "--model_type", QWEN, "--tensor-parallel-size=2"], "tensor_parallel_size=2"),
+        (["infer", "--model_type", QWEN, "--tensor_parallel_size", "0"], "tensor_parallel_size=0"),
+        (["deploy", "--model_type", QWEN, "--tensor-parallel-size=0"], "tensor_parallel_size=0"),
         (["infer", "--model_type", QWEN, "--template_type", "no-such"], "'no-such' is not known; there are"),
         (["infer", "--model_type", "no-such"], "model_type 'no-such' is not known; there are"),
         (["deploy", "--model_type", QWEN, "--dtype", "fp16"], "torch_dtype=float16"),

@@ -290,6 +290,43 @@ def test_workers_get_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus == [None, "4", "6", "4", None]
 
 
+def test_a_worker_gets_a_gpu_for_each_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,GPU-a,1")
+    spec = ClusterSpec(device="cuda", workers=2, tensor_parallel=2, more_metrics_ports=(1, 2, 3))
+    scheduler, *workers, gateway = cluster.programs_of(spec)
+    gpus = [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers]
+    assert gpus == ["4,6", "GPU-a,1"]
+    assert all("--tensor-parallel 2" in shlex.join(worker.argv) for worker in workers)
+    assert "--tensor-parallel" not in [*scheduler.argv, *gateway.argv]
+    assert [p.argv[p.argv.index("--metrics-port") + 1] for p in workers] == ["2", "3"], "one for each group"
+    shared = replace(spec, workers=3, more_metrics_ports=(1, 2, 3, 4))
+    gpus = [p.environment.get("CUDA_VISIBLE_DEVICES") for p in cluster.programs_of(shared)]
+    assert gpus == [None, "4,6", "GPU-a,1", "4,6", None]
+    alone = replace(spec, workers=1, more_metrics_ports=(1, 2))
+    assert not cluster.programs_of(alone)[1].environment, "its ranks share all that can be seen"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    spec = ClusterSpec(device="cuda", tensor_parallel=3, more_metrics_ports=(1, 2))
+    with pytest.raises(ClusterError, match=r"--tensor-parallel 3 .* 2 can be seen.*0,1") as refused:
+        cluster.programs_of(spec)
+    assert refused.value.exit_code == 78
+    cluster.programs_of(replace(spec, device="cpu"))  # ranks on a CPU need no device each
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(cluster, "_gpus", lambda: [Path("a"), Path("b")])
+    with pytest.raises(ClusterError, match=r"2 can be seen$"):
+        cluster.programs_of(spec)
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    spec = ClusterSpec(workers=2, tensor_parallel=2, more_metrics_ports=(1, 2, 3))
+    assert "--threads 2" in shlex.join(cluster.programs_of(spec)[1].argv)
+    alone = replace(spec, workers=1, more_metrics_ports=(1, 2))
+    assert "--threads" not in cluster.programs_of(alone)[1].argv, "the ranks share them by themselves"
+
+
 def test_the_configuration_survives_supervisors_quoting(tmp_path: Path) -> None:
     program = cluster.Program(
         "worker-0", "workers", ("/a b/python", "-m", "x", "--model", "50%;'q'"), {"A": "1%"}
@@ -347,6 +384,7 @@ def test_the_flags_that_we_pass_on_are_ones_that_the_services_have() -> None:
     )
     given: dict[str, Any] = dict.fromkeys(names, "1")
     ports = {name: 1 for name in ("http_port", "grpc_port", "scheduler_port", "metrics_port", "workers")}
+    ports["tensor_parallel"] = 2
     spec = _spec({**given, **ports, "host": "127.0.0.1", "insecure": True, "prefix_cache": False})
     for program in cluster.programs_of(replace(spec, more_metrics_ports=(1, 2))):
         flags = {arg for arg in program.argv[3:] if arg.startswith("--")}

@@ -7,6 +7,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 import pagoda
 from pagoda import swift
+from pagoda.cli.cluster import ClusterError, programs_of
 from pagoda.errors import InvalidRequest
 from pagoda.swift import private
 from pagoda.swift.engine import Engine, get_vllm_engine
@@ -145,7 +147,7 @@ def test_what_is_not_a_request_is_named(request_: dict[str, Any], field: str) ->
     "argument",
     [
         {"enable_lora": True},
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 0},
         {"use_async": True},
         {"limit_mm_per_prompt": {"image": 1}},
         {"pipeline_parallel_size": 2},
@@ -170,16 +172,29 @@ def test_arguments_reach_the_cluster() -> None:
         Path("/m"),
         dtype="bf16",
         device="cuda",
+        tensor_parallel_size=2,
         gpu_memory_utilization=0.5,
         max_model_len=100,
         engine_kwargs={"max_num_seqs": 8, "disable_log_stats": True, "block_size": None},
         http_port=0,
     )
     assert (spec.model, spec.device, spec.dtype, spec.http_port) == ("/m", "cuda", "bfloat16", 0)
+    assert spec.tensor_parallel == 2
     assert " ".join(spec.worker_args) == (
         "--served-model-name qwen-7b-chat --max-slots 8 --gpu-memory-utilization 0.5 --max-model-len 100"
     )
     assert spec.gateway_args == ("--served-model-name", "qwen-7b-chat")
+
+
+def test_two_gpus_that_the_program_names_hold_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks take the GPUs from the variable, which they inherit, and need it as it is now."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    spec = private.spec_of("qwen-7b-chat", Path("/m"), device="cuda", tensor_parallel_size=2)
+    worker = programs_of(replace(spec, more_metrics_ports=(1, 2)))[1]
+    assert worker.argv[worker.argv.index("--tensor-parallel") + 1] == "2" and not worker.environment
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ClusterError, match="1 can be seen"):
+        programs_of(replace(spec, more_metrics_ports=(1, 2)))
 
 
 @pytest.mark.parametrize(("visible", "device"), [(None, "cuda"), ("1", "cuda"), ("", "cpu"), ("-1", "cpu")])

@@ -30,6 +30,20 @@ def test_it_equals_the_reference(dtype, width, words):
     assert 0 < expected.isinf().sum() < expected.numel()
 
 
+@pytest.mark.parametrize("first", [64, 6400])
+def test_columns_from_a_later_id_on(first):
+    generator = torch.Generator().manual_seed(first)
+    logits, masks = torch.zeros(3, 128), torch.tensor([1, -1, 0], dtype=torch.int32)
+    bits = torch.randint(-(2**31), 2**31, (2, 200), generator=generator).to(torch.int32)
+    whole = torch.zeros(3, 6400)
+    allow(whole, masks, bits)
+    got = logits.to(DEVICE)
+    allow(logits, masks, bits[:, first // 32 :])
+    cuda.allow(got, masks.to(DEVICE), bits.to(DEVICE)[:, first // 32 :])
+    expected = torch.zeros(3, 128) if first == 6400 else whole[:, first : first + 128]
+    assert torch.equal(logits, expected) and torch.equal(got.cpu(), expected)
+
+
 @pytest.mark.parametrize("arch", support.ARCHS)
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
 def test_it_compiles_for(arch, logits):

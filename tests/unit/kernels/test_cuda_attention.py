@@ -269,16 +269,14 @@ def decode_case(shape, dtype, arch, ragged, window):
     )  # fmt: skip
     pointers = dict.fromkeys(("q", "key_cache", "value_cache", "out"), kind)
     pointers |= {"parts": "*fp32", "stats": "*fp32", "table_rows": "*i64"}
-    pointers |= dict.fromkeys(("begun", "tables", "query_start", "seq_lens"), "*i32")
+    pointers |= dict.fromkeys(("begun", "arrivals", "tables", "query_start", "seq_lens"), "*i32")
     options = dict(num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=arch >= 90)
     cut = dict(BLOCK_M=16, BLOCK_N=config.block_n, BLOCK_B=128, BLOCK_SIZE=16, WINDOW=window)
     cut |= dict(MIN_TILES=config.min_tiles, SETUP=config.setup)
-    yield (
-        attention._decode,
-        pointers | dict.fromkeys(INTEGERS, "i32") | {"scale": "fp32"},
-        common | cut | dict(HAS_TABLE_ROWS=True),
-        options,
-    )
+    given = pointers | dict.fromkeys(INTEGERS, "i32") | {"scale": "fp32"}
+    for absent in ("begun", "arrivals"):  # rows are many, or few
+        signature = {name: kind for name, kind in given.items() if name != absent}
+        yield attention._decode, signature, common | cut | {"HAS_TABLE_ROWS": True, absent: None}, options
     names = ("out", "parts", "stats", "begun", "query_start")
     signature = {name: pointers[name] for name in names} | {"out_stride": "i32"}
     yield attention._combine, signature, common | dict(BLOCK_S=16), options | dict(num_warps=4)

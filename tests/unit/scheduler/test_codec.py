@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2 as wire
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc import codec
@@ -188,11 +189,18 @@ def test_logprobs_of_prompts_that_are_not_due_are_refused(came: dict[int, int], 
         decode_prompts({}, {0: 1}, 1)
 
 
-def test_checksums_tell_tokens_apart() -> None:
-    assert codec.tokens_checksum([1, 2, 3]) == codec.tokens_checksum(iter([1, 2, 3]))
-    assert codec.tokens_checksum([1, 2, 3]) != codec.tokens_checksum([1, 3, 2])
-    assert codec.tokens_checksum([]) == 0
-    assert codec.tokens_checksum([1]) == 0x99F8B879, "CRC-32 of 01 00 00 00"
+def test_checksums_tell_apart_what_was_drawn() -> None:
+    def checksum(**columns: Any) -> int:
+        return step_checksum(wire.StepResult(epoch=1, step_id=1, device_us=5, **columns))
+
+    columns: dict[str, list[int]] = {
+        "tokens": [1, 2, 3], "num_sampled": [2, 1], "beam_parents": [0, 1], "beam_tokens": [7, 8],
+    }  # fmt: skip
+    assert checksum(**columns) == step_checksum(wire.StepResult(**columns)), "times are each rank's own"
+    for name, column in columns.items():
+        assert checksum(**{**columns, name: column[::-1]}) != checksum(**columns), name
+    assert checksum() == 0
+    assert checksum(tokens=[1]) == 0x99F8B879, "CRC-32 of 01 00 00 00"
 
 
 # --------------------------------------------------------------------------------------------- size

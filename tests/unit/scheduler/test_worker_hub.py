@@ -11,9 +11,9 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2 as wire
 from scheduler_svc import worker_hub
-from scheduler_svc.codec import tokens_checksum
 from tests.support.session_client import request
 from tests.support.sim_worker import SimDevice, expected_output, hello_for
 from tests.unit.scheduler.conftest import VOCAB, LocalScheduler, local_scheduler, until
@@ -314,7 +314,7 @@ async def test_every_rank_gets_the_same_steps_and_rank_0_counts(local: LocalSche
         last = k == len(expected) - 1
         ended = {"ended_rows": [0], "ended_reasons": [wire.ROW_END_LENGTH]} if last else {}
         await ranks[0].answer(steps[0], tokens=[token], **ended)
-        await ranks[1].answer(steps[1], checksum=tokens_checksum([token]))
+        await ranks[1].answer(steps[1], checksum=step_checksum(wire.StepResult(tokens=[token])))
     assert [t async for response in call for t in response.token_ids] == expected
     await until(lambda: not local.hub.groups["w0"].checksums)
 
@@ -324,11 +324,11 @@ async def test_a_checksum_that_differs_ends_the_session(local: LocalScheduler) -
     await starts(*ranks)
     await start_request(local)
     steps = [await rank.step() for rank in ranks]
-    await ranks[1].answer(steps[1], checksum=tokens_checksum([6]))
+    await ranks[1].answer(steps[1], checksum=step_checksum(wire.StepResult(tokens=[6])))
     await ranks[0].answer(steps[0], tokens=[5])
     for rank in ranks:
         code, reason = await rank.status()
-        assert code is grpc.StatusCode.ABORTED and "differ" in reason
+        assert code is grpc.StatusCode.ABORTED and "drew differs" in reason
 
 
 async def test_a_lost_rank_takes_its_group_with_it(local: LocalScheduler) -> None:

@@ -19,7 +19,8 @@ from pagoda import models
 
 # A service that ends with one of these would end with it again: bad configuration, and a worker that
 # the scheduler refused (its model or version does not fit).
-FINAL_EXIT_CODES = (2, 78)
+EXIT_UNUSABLE = 78
+FINAL_EXIT_CODES = (2, EXIT_UNUSABLE)
 STOP_WAIT_S = 10
 LOG_BYTES = 20 << 20
 
@@ -34,12 +35,16 @@ class ClusterError(Exception):
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What to run. A port of 0 is replaced by a free one in `with_ports`; None leaves it to the services."""
+    """What to run. A port of 0 is replaced by a free one in `with_ports`; None leaves it to the services.
+
+    Each of `workers` holds the model over `tensor_parallel` ranks.
+    """
 
     model: str | None = None
     device: str | None = None
     dtype: str | None = None
     workers: int = 1
+    tensor_parallel: int = 1
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 8001
@@ -133,7 +138,7 @@ def with_ports(spec: ClusterSpec) -> ClusterSpec:
 
 
 def programs_of(spec: ClusterSpec) -> list[Program]:
-    """The processes of a cluster whose ports are chosen, in the order of their start."""
+    """The processes of a cluster whose ports are chosen, in the order of their start. Raises ClusterError."""
     scheduler_metrics, *worker_metrics = spec.more_metrics_ports
     python = (sys.executable, "-m")
     model = _given("--model", spec.model)
@@ -153,8 +158,10 @@ def programs_of(spec: ClusterSpec) -> list[Program]:
         argv = (*python, "gpu_worker", "--scheduler", spec.scheduler_target, *model)
         argv += (*_given("--device", spec.device), *_given("--dtype", spec.dtype))
         argv += ("--group-name", f"worker-{i}", "--metrics-port", str(worker_metrics[i]), *spec.common_args)
+        if spec.tensor_parallel > 1:
+            argv += ("--tensor-parallel", str(spec.tensor_parallel))
         if spec.device != "cuda" and spec.workers > 1 and "--threads" not in spec.worker_args:
-            argv += ("--threads", str(_threads_each(spec.workers)))
+            argv += ("--threads", str(_threads_each(spec.workers * spec.tensor_parallel)))
         programs.append(Program(f"worker-{i}", "workers", argv + spec.worker_args, _gpu_of(spec, i)))
     programs.append(
         Program(
@@ -246,17 +253,27 @@ def _given(option: str, value: str | None) -> tuple[str, ...]:
     return () if value is None else (option, value)
 
 
-def _threads_each(workers: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+def _threads_each(processes: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _gpu_of(spec: ClusterSpec, index: int) -> dict[str, str]:
-    """The GPU of a worker, one after another, when several share a machine."""
-    if spec.device != "cuda" or spec.workers == 1:
+    """The GPUs of a worker, one for each of its ranks, when several workers share a machine."""
+    if spec.device != "cuda":
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     gpus = visible.split(",") if visible else [str(i) for i in range(len(_gpus()))]
-    return {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if gpus else {}
+    ranks = spec.tensor_parallel
+    if gpus and ranks > len(gpus):
+        raise ClusterError(
+            f"--tensor-parallel {ranks} wants a GPU for each rank, and {len(gpus)} can be seen"
+            + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""),
+            EXIT_UNUSABLE,
+        )
+    if spec.workers == 1 or not gpus:
+        return {}
+    own = [gpus[(index * ranks + rank) % len(gpus)] for rank in range(ranks)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def _gpus() -> list[Path]:

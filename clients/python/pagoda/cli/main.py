@@ -28,6 +28,10 @@ Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of this mass.")]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same tokens.")]
+Host = Annotated[str, typer.Option(help="Address of the gateway; others than loopback want a token.")]
+Ranks = Annotated[
+    int, typer.Option(min=1, help="GPUs that hold the model of each worker together; on a CPU, processes.")
+]
 Text = str | None
 Number = int | None
 Decimal = float | None
@@ -57,9 +61,8 @@ def serve(
         Text, typer.Option(help="Whose layers to run: auto, native or transformers.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes; on a CPU they share its cores.")] = 1,
-    host: Annotated[
-        str, typer.Option(help="Address of the gateway; others than loopback want a token.")
-    ] = "127.0.0.1",
+    tensor_parallel: Ranks = 1,
+    host: Host = "127.0.0.1",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="OpenAI routes; 0 takes any port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC service; 0 takes any port.")] = 8001,
     scheduler_port: Annotated[
@@ -141,6 +144,7 @@ def _spec(given: dict[str, Any]) -> Any:
         "device",
         "dtype",
         "workers",
+        "tensor_parallel",
         "host",
         "http_port",
         "grpc_port",

@@ -34,7 +34,7 @@ Backend = Annotated[
 Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; fp32, bf16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where a GPU is visible.")]
 Utilization = Annotated[float, typer.Option(help="Share of a GPU's memory to fill.")]
-TensorParallel = Annotated[int, typer.Option(help="Only 1 is there yet.")]
+TensorParallel = Annotated[int, typer.Option(help="GPUs that hold the model together; on a CPU, processes.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence, prompt and output.")]
 Token = Annotated[str | None, typer.Option(envvar="PAGODA_TOKEN", help="Bearer token.", show_default=False)]
 

@@ -62,13 +62,14 @@ def spec_of(
 ) -> ClusterSpec:
     """The cluster that serves `folder` under the name `model_type`. `ports` as in `ClusterSpec`.
 
+    `tensor_parallel_size` GPUs hold the model together; where there is no GPU, so many processes do.
+
     Raises:
         InvalidRequest: an argument that is not supported.
     """
-    if tensor_parallel_size != 1:
+    if tensor_parallel_size < 1:
         raise InvalidRequest(
-            f"tensor_parallel_size={tensor_parallel_size}: one model over several GPUs is not there yet; "
-            "leave it at 1 (`pagoda serve --workers 2` serves a copy of the model on each of two GPUs)",
+            f"tensor_parallel_size={tensor_parallel_size}: there must be a GPU, or at least a process",
             field="tensor_parallel_size",
         )
     dtype = _DTYPE_ALIASES.get(dtype or "", dtype)
@@ -82,7 +83,7 @@ def spec_of(
     if max_model_len is not None:
         options += ["--max-model-len", str(max_model_len)]
     spec = ClusterSpec(model=str(folder), device=device, dtype=dtype, worker_args=tuple(options))
-    return replace(spec, gateway_args=name, **ports)
+    return replace(spec, tensor_parallel=tensor_parallel_size, gateway_args=name, **ports)
 
 
 def with_template(spec: ClusterSpec, model_type: str, run_dir: Path) -> ClusterSpec:

@@ -649,7 +649,9 @@ class StepResult(google.protobuf.message.Message):
     idle_us: builtins.int
     """idle_us is how long the device waited for this step after the one before it ended."""
     checksum: builtins.int
-    """checksum of the tokens, from ranks above 0, which send no columns."""
+    """checksum of what was drawn, from ranks above 0, which send no columns: CRC-32 over tokens, num_sampled,
+    beam_parents and beam_tokens, one after the other, as little-endian 32-bit words.
+    """
     swap_us: builtins.int
     """swap_us is the time that the device took for the step's swaps; a part of device_us."""
     @property
