@@ -19,12 +19,13 @@ from tests.support.cluster import Cluster, cluster
 from tests.support.data import model_folder, prompts
 from tests.support.runs import check, complete, greedy, run, sampled, shorter_than
 from tests.support.scale import scaled
-from tests.support.session_client import SessionClient, request
+from tests.support.session_client import Received, SessionClient, request
 from tests.support.tiny_model import tiny_model
 
 pytestmark = pytest.mark.timeout(scaled(300, 3600))
 
 TWO = ("--tensor-parallel", "2", "--num-blocks", "2048")
+TIGHT = ("--tensor-parallel", "2", "--num-blocks", "28")  # of which the longest request needs 17
 NUM_TOKENS = 24
 
 
@@ -50,6 +51,18 @@ def test_real_prompts_go_on_as_transformers_says() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("mode", ["swap", "recompute"])
+def test_preempted_requests_go_on_as_transformers_says(mode: str) -> None:
+    cases = greedy(shorter_than(300, 6))
+    with cluster(
+        model=str(model_folder()), scheduler_args=("--preemption-mode", mode), worker_args=TIGHT
+    ) as running:
+        got = run(running.scheduler.address, cases, 6)
+        now = running.snapshot()
+    assert now.num_preemptions and bool(now.swapped_tokens) == (mode == "swap")
+    check(cases, got.tokens)
+
+
 @torch.inference_mode()
 def continuation(model: torch.nn.Module, ids: list[int]) -> list[int]:
     """What transformers takes as the best tokens."""
@@ -59,14 +72,18 @@ def continuation(model: torch.nn.Module, ids: list[int]) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-async def answers(running: Cluster, asked: list[list[int]]) -> list[list[int]]:
+async def answers(running: Cluster, asked: list[list[int]]) -> list[Received]:
+    options = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     async with SessionClient(running.scheduler.address) as client:
-        requests = [
-            request(ids, temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2) for ids in asked
-        ]
-        received = await client.results(await client.submit(*requests))
-    assert all(len(complete(item).logprobs[0]) == NUM_TOKENS for item in received)
-    return [item.tokens[0] for item in received]
+        requests = [request(ids, logprobs=2, prompt_logprobs=1, **options) for ids in asked]
+        return list(map(complete, await client.results(await client.submit(*requests))))
+
+
+@torch.inference_mode()
+def logprobs(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """What transformers says of each token behind the first."""
+    logits = model(torch.tensor([ids])).logits[0, :-1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0]
 
 
 def test_a_qwen2_of_random_weights(tmp_path: Path) -> None:
@@ -78,4 +95,8 @@ def test_a_qwen2_of_random_weights(tmp_path: Path) -> None:
         got = asyncio.run(answers(running, asked))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    assert got == [continuation(model, ids) for ids in asked]
+    for ids, answer in zip(asked, got, strict=True):
+        assert answer.tokens[0] == continuation(model, ids)
+        told = [entry.logprob for entry in (*answer.prompt_logprobs, *answer.logprobs[0])]
+        wanted = logprobs(model, [*ids, *answer.tokens[0]])
+        torch.testing.assert_close(torch.tensor(told), wanted, rtol=0, atol=1e-3)

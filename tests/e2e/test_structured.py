@@ -252,14 +252,14 @@ def _num_output(running: Cluster) -> int:
     return sum(sample.output_tokens for request in snapshot.requests for sample in request.samples)
 
 
-@pytest.mark.parametrize(("depth", "num_blocks"), [(1, 40), (3, 512)])
-def test_depth_and_preemption_change_nothing(
-    undisturbed: list[tuple[str, str]], depth: int, num_blocks: int
+@pytest.mark.parametrize(("depth", "num_blocks", "ranks"), [(1, 40, 1), (3, 512, 1), (2, 512, 2)])
+def test_depth_preemption_and_ranks_change_nothing(
+    undisturbed: list[tuple[str, str]], depth: int, num_blocks: int, ranks: int
 ) -> None:
     with cluster(
         dtype="float32",
         scheduler_args=("--max-inflight", str(depth), "--no-prefix-cache"),
-        worker_args=("--num-blocks", str(num_blocks)),
+        worker_args=("--num-blocks", str(num_blocks), "--tensor-parallel", str(ranks)),
         gateway_args=(),
     ) as services:
         answers = asyncio.run(ask(services.url, [*map(schema, NUMBERS), LONG, LONG], temperature=0))
