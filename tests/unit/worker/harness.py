@@ -142,10 +142,10 @@ class Device:
         self.logits: list[torch.Tensor] = []
         draw = self.runner._draw
 
-        def recorded(logits: torch.Tensor, *rest: Any) -> None:
+        def recorded(logits: torch.Tensor, *rest: Any, **more: Any) -> None:
             if place.type == "cpu" or not torch.cuda.is_current_stream_capturing():
                 self.logits.append(logits.to(CPU, copy=True))
-            draw(logits, *rest)
+            draw(logits, *rest, **more)
 
         self.runner._draw = recorded  # type: ignore[method-assign]
         self.free = list(range(self.limits.num_blocks))
