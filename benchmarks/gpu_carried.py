@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch.distributed as dist
 
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_ranks import BF16, EPS, F32, PLACES, WIDTH, Rank, bits, seconds
+from benchmarks.gpu_times import device_and_host_ms
 from kernels.attention import Tiles, cache_shape, make_tiles
 from kernels.cuda import layer as stack
 from kernels.cuda import ranks as module
@@ -128,10 +127,10 @@ class Bench:
 
         def timed(label: str, form: Callable[..., Any]) -> dict[str, Any]:
             graph = seconds(lambda _: forward(form), 2)
-            device, host = eager(lambda: forward(form))
+            device, host = device_and_host_ms(lambda: forward(form), REPLAYS, dist.barrier)
             states = sum(given["states"])
             row = {
-                "us": 1e6 * graph / LAYERS, "eager us": 1e6 * device / LAYERS, "host us": 1e6 * host / LAYERS,
+                "us": 1e6 * graph / LAYERS, "eager us": 1e3 * device / LAYERS, "host us": 1e3 * host / LAYERS,
                 "equal on both ranks": self.my.everyone_agrees(bits(states)), "states": states,
             }  # fmt: skip
             say(
@@ -172,23 +171,6 @@ class Bench:
         return Step(
             cos_sin, positions, tokens, blocks, ends, lengths, tiles=tiles, wanted=ends[1:].long() - 1
         )  # fmt: skip
-
-
-def eager(run: Callable[[], None]) -> tuple[float, float]:
-    """Median seconds on the device and on the host, without a graph."""
-    times = []
-    for _ in range(REPLAYS):
-        torch.cuda.synchronize()
-        dist.barrier()
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started = time.perf_counter()
-        began.record()
-        run()
-        ended.record()
-        host = time.perf_counter() - started
-        torch.cuda.synchronize()
-        times.append((began.elapsed_time(ended) / 1e3, host))
-    return statistics.median(device for device, _ in times), statistics.median(host for _, host in times)
 
 
 def work(rank: int, store: str, options: argparse.Namespace) -> None:

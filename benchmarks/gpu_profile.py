@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_models import PRESETS, config_folder
+from benchmarks.gpu_times import device_and_host_ms
 from gpu_worker.config import WorkerSettings
 from gpu_worker.launch import launch
 from gpu_worker.models.loader import open_model
@@ -121,26 +120,15 @@ def measure(run: Callable[[], None], prepare: Callable[[], None] = lambda: None)
     before each run and is not measured."""
     prepare()
     run()
-    times = []
-    for _ in range(REPEATS):
-        prepare()
-        torch.cuda.synchronize()
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        started = time.perf_counter()
-        began.record()
-        run()
-        ended.record()
-        host = time.perf_counter() - started
-        torch.cuda.synchronize()
-        times.append((began.elapsed_time(ended), host * 1e3))
+    device_ms, host_ms = device_and_host_ms(run, REPEATS, prepare)
     prepare()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
     return {
-        "device_ms": statistics.median(device for device, _ in times),
-        "host_ms": statistics.median(host for _, host in times),
+        "device_ms": device_ms,
+        "host_ms": host_ms,
         "kernels": shares(recorded),
     }
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu_facts import facts
 from kernels.cuda import ranks as module
 from kernels.cuda.compile import use_cache
-from kernels.cuda.linear import skinny_linear
+from kernels.cuda.linear import SKINNY_ROWS, skinny_linear
 from kernels.cuda.norm import rms_norm
 from kernels.cuda.ranks import DeviceRanks
 from kernels.cuda.sample import sample
@@ -42,7 +42,6 @@ BF16, F32 = torch.bfloat16, torch.float32
 EPS = 1e-6
 WIDTH, MOST_ROWS = 3584, 8192
 ROWS = (1, 8, 64, 256, 2048, 8192)
-SKINNY_ROWS = 64
 VOCAB = 152_064
 REPLAYS = 7
 PLACES = (Place.EMBEDDED, Place.ATTENDED, Place.FED)

@@ -155,11 +155,12 @@ def _measure(
     in_use, total = memory.used_bytes(device)
     with memory.measured(device) as forward, torch.inference_mode():
         runner.rehearse(_largest(trial))
-        # Graphs hold what never looks at the device: transformers' modules do.
-        most = 0 if files.build else _launch_bound(runner, trial)
-        if group is not None:  # batches must have one size on all ranks
-            most = max(map(int, group.exchange("most tokens of a graph", str(most))))
-        padding = None if files.build else Padding.for_graphs(trial.max_slots, most)
+        padding = None
+        if files.build is None:  # graphs hold what never looks at the device: transformers' modules do
+            most = _launch_bound(runner, trial)
+            if group is not None:  # batches must have one size on all ranks
+                most = max(map(int, group.exchange("most tokens of a graph", str(most))))
+            padding = Padding.for_graphs(trial.max_slots, most)
     shapes = padding.shapes() if padding else [_largest(trial)]
     with memory.measured(device) as pool, torch.inference_mode():
         for size in (lambda shape: shape.tokens, lambda shape: shape.samples):

@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.cuda.carry import Carrier
 from kernels.cuda.device import launch, traits
+from kernels.cuda.linear import SKINNY_ROWS
 from kernels.cuda.meet import addresses, meet
 from kernels.cuda.norm import warps_of
 from kernels.ranks import Place
@@ -52,9 +53,6 @@ does, while two halves take one more. Also, what is brought first is hidden by t
 LOCAL_PROGRAMS = 1056
 """Most programs of a sum that waits for nobody."""
 ALIGNMENT = 512
-
-PUSHED_ROWS = 64
-"""Up to so many rows a product writes its part to all ranks itself: these read what is near, and sooner."""
 
 _GATHERED, _CARRIED, _SLOTS = (len(Place) + i for i in range(3))
 
@@ -219,7 +217,7 @@ class DeviceRanks:
         self.rank, self.size, self.quiet = group.rank(), group.size(), False
         self._group, self._device = group, device
         sums, draws = width * num_rows * dtype.itemsize, num_rows * 16
-        self._slot_bytes = -(-PUSHED_ROWS * width * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self._slot_bytes = -(-SKINNY_ROWS * width * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         slots = [self._slot_bytes * self.size] * 3
         sizes = [sums, sums, sums, draws, GATHER_BYTES, self.size * 4, *slots, PROGRAMS * self.size * 4]
         sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
@@ -251,7 +249,8 @@ class DeviceRanks:
         return self._part(place, rows, width, dtype)
 
     def slots(self, place: Place, rows: int, width: int, dtype: torch.dtype) -> Slots:
-        """Room for the part of a sum of at most `PUSHED_ROWS` rows, which is to be written on all ranks."""
+        """Room for the part of a sum of at most `SKINNY_ROWS` rows, which the product is to write on all
+        ranks: these read what is near then, and sooner."""
         room = self._rooms[_SLOTS + place]
         if self.quiet:
             room = torch.empty_like(room)
