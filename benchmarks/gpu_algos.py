@@ -33,9 +33,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu_algos_lt import MIB, TYPE_BF16, TYPE_F32, Lt, LtError, Matmul, Proposal
+from benchmarks.gpu_algos_lt import MIB, Lt, LtError, Matmul, Proposal
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_watch import Watch
+from kernels.cuda.cublaslt import TYPE_BF16, TYPE_F32
 
 BF16, F32 = torch.bfloat16, torch.float32
 # What torch gives cuBLAS on this chip, and more.
@@ -73,6 +74,8 @@ class Spec(NamedTuple):
     adds: bool = False
 
 
+# Of one of two ranks, whose parts of o and down are added up elsewhere.
+HALVES = {"qkv": (2304, 3584), "o": (3584, 1792), "gate_up": (18944, 3584), "down": (3584, 9472)}
 SPECS = {
     spec.name: spec
     for spec in (
@@ -82,6 +85,7 @@ SPECS = {
         Spec("down", 3584, 18944, F32, adds=True),
         Spec("o-bf16", 3584, 3584),
         Spec("down-bf16", 3584, 18944),
+        *(Spec(f"{name}-half", n, k, bias=name == "qkv") for name, (n, k) in HALVES.items()),
     )
 }
 ENGINE = ("qkv", "o", "gate_up", "down")

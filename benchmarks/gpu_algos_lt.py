@@ -16,11 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.cuda.cublaslt import (
+    COMPUTE_F32,
+    DESC_TRANS_A,
+    OP_T,
+    TYPE_BF16,
+    TYPE_F32,
+    Algorithm,
+    Heuristic,
+)
+
 # Of cublasLt.h, cublas_api.h and library_types.h.
-TYPE_F32, TYPE_BF16 = 0, 14
-COMPUTE_F32 = 68
-DESC_TRANS_A, DESC_TRANS_B, DESC_EPILOGUE, DESC_BIAS = 3, 4, 7, 8
-OP_N, OP_T, EPILOGUE_BIAS = 0, 1, 4
+DESC_TRANS_B, DESC_EPILOGUE, DESC_BIAS = 4, 7, 8
+OP_N, EPILOGUE_BIAS = 0, 4
 PREF_WORKSPACE = 1
 CAP_SPLIT_K, CAP_SWIZZLE, CAP_TILES, CAP_CUSTOM_MAX, CAP_STAGES = 0, 2, 6, 7, 13
 REDUCE_IN_F32 = 2
@@ -43,21 +51,6 @@ MIB = 1 << 20
 REQUESTED = 64
 
 
-class Algo(ctypes.Structure):
-    """`cublasLtMatmulAlgo_t`."""
-
-    _fields_ = [("data", c_uint64 * 8)]
-
-
-class Heuristic(ctypes.Structure):
-    """`cublasLtMatmulHeuristicResult_t`."""
-
-    _fields_ = [
-        ("algo", Algo), ("workspace", c_size_t), ("state", c_int), ("waves", c_float),
-        ("reserved", c_int * 4),
-    ]  # fmt: skip
-
-
 class LtError(RuntimeError):
     """A function of cuBLASLt did not succeed."""
 
@@ -73,7 +66,7 @@ class Proposal:
         origin: who proposed it: the workspace limit and the place in the heuristic's order.
     """
 
-    algo: Algo
+    algo: Algorithm
     config: dict[str, int | None]
     workspace: int
     waves: float
@@ -147,14 +140,14 @@ class Lt:
         self.call(name, byref(result), *args)
         return result
 
-    def _get(self, kind: str, algo: Algo, number: int, value: Any) -> int:
+    def _get(self, kind: str, algo: Algorithm, number: int, value: Any) -> int:
         """Fills in an attribute ("Config" or "Cap") of an algorithm; the bytes written."""
         written = c_size_t()
         size = c_size_t(ctypes.sizeof(value))
         self.call(f"MatmulAlgo{kind}GetAttribute", byref(algo), number, byref(value), size, byref(written))
         return written.value
 
-    def config(self, algo: Algo) -> dict[str, int | None]:
+    def config(self, algo: Algorithm) -> dict[str, int | None]:
         """All attributes of an algorithm; None for those that it does not have."""
         result: dict[str, int | None] = {}
         for name, (number, kind) in CONFIG.items():
@@ -166,14 +159,14 @@ class Lt:
                 result[name] = None
         return result
 
-    def configure(self, algo: Algo, name: str, value: int) -> None:
+    def configure(self, algo: Algorithm, name: str, value: int) -> None:
         """Set an attribute."""
         number, kind = CONFIG[name]
         held = kind(value)
         size = c_size_t(ctypes.sizeof(held))
         self.call("MatmulAlgoConfigSetAttribute", byref(algo), number, byref(held), size)
 
-    def choices(self, algo: Algo) -> dict[str, list[int]]:
+    def choices(self, algo: Algorithm) -> dict[str, list[int]]:
         """Values that each attribute may take, as far as the library tells."""
 
         def capability(number: int, room: int) -> list[int]:
@@ -258,7 +251,7 @@ class Matmul:
             for value in values:
                 if value == of.config[name]:
                     continue
-                algo, result = Algo.from_buffer_copy(of.algo), Heuristic()
+                algo, result = Algorithm.from_buffer_copy(of.algo), Heuristic()
                 try:
                     self._lt.configure(algo, name, value)
                     if name == "split_k":
@@ -269,8 +262,8 @@ class Matmul:
                 if result.state == 0 and result.workspace <= workspace:
                     yield self._proposal(algo, result, f"{of.origin}, {name}")
 
-    def _proposal(self, algo: Algo, result: Heuristic, origin: str) -> Proposal:
-        algo = Algo.from_buffer_copy(algo)
+    def _proposal(self, algo: Algorithm, result: Heuristic, origin: str) -> Proposal:
+        algo = Algorithm.from_buffer_copy(algo)
         return Proposal(algo, self._lt.config(algo), result.workspace, result.waves, origin)
 
     def run(self, proposal: Proposal, w: int, x: int, d: int, workspace: int, stream: int) -> None:

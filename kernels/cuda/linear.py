@@ -9,6 +9,7 @@ import torch
 import triton
 
 from kernels.cuda import skinny
+from kernels.cuda.cublaslt import chosen
 from kernels.cuda.device import launch, traits
 from kernels.linear import PackedLinear
 
@@ -280,9 +281,13 @@ def wide_linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor) -> tor
     if out.dtype is not x.dtype:
         torch.mm(x, weight, out_dtype=out.dtype, out=out)
         return out if packed.bias is None else out.add_(packed.bias)
-    if packed.bias_like_out is None:
-        return torch.mm(x, weight, out=out)
-    return torch.addmm(packed.bias_like_out, x, weight, out=out)
+    if packed.bias_like_out is not None:
+        return torch.addmm(packed.bias_like_out, x, weight, out=out)
+    if x.dtype is torch.bfloat16 and x.is_contiguous() and out.is_contiguous():
+        product = chosen(x.shape[0], packed.out_features, packed.in_features, x.device)
+        if product is not None:
+            return product(x, packed.data, out)
+    return torch.mm(x, weight, out=out)
 
 
 def linear(x: torch.Tensor, packed: PackedLinear, out: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ from benchmarks.gpu_algos import BEST, SPECS, Block, Candidate, compared, finali
 from benchmarks.gpu_algos_lt import (
     CONFIG,
     ENUMS,
-    Algo,
-    Heuristic,
     Lt,
     LtError,
     Matmul,
@@ -19,6 +17,7 @@ from benchmarks.gpu_algos_lt import (
     mapped,
 )
 from benchmarks.gpu_watch import Watch, parse_sample
+from kernels.cuda.cublaslt import Algorithm, Heuristic
 
 HEADER = """
 typedef enum {
@@ -94,7 +93,7 @@ def matmul(lt, bias=0):
 
 
 def test_structures_have_the_sizes_of_the_header():
-    assert ctypes.sizeof(Algo) == 64
+    assert ctypes.sizeof(Algorithm) == 64
     assert ctypes.sizeof(Heuristic) == 96
     fields = (Heuristic.workspace, Heuristic.state, Heuristic.waves, Heuristic.reserved)
     assert [field.offset for field in fields] == [64, 72, 76, 80]
@@ -160,7 +159,7 @@ def test_weights_come_from_memory_and_graphs_go_through_all_of_them(spec):
 
 
 def candidate(tile, us, error=""):
-    return Candidate(Proposal(Algo(), {"tile": tile}, 0, 1.0, ""), error, cold_us=us)
+    return Candidate(Proposal(Algorithm(), {"tile": tile}, 0, 1.0, ""), error, cold_us=us)
 
 
 def test_the_fastest_and_other_tiles_go_on():
