@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.attention import Tiles
 from kernels.cuda import prefill
 from kernels.cuda.device import launch, traits
+from kernels.cuda.prefetch import prefetch
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Up to so many rows most programs begin one head at most.
@@ -190,6 +191,29 @@ def _find(unit, units, ends, HK: tl.constexpr, BLOCK_B: tl.constexpr):
     return row, head, begin + head * count, count
 
 
+@triton.jit
+def _table(row, tables, table_rows, table_stride, HAS_TABLE_ROWS: tl.constexpr):
+    """Where a row's block table begins."""
+    return tables + (tl.load(table_rows + row) if HAS_TABLE_ROWS else row).to(tl.int64) * table_stride
+
+
+@triton.jit
+def _bring(low, row, head, key_cache, value_cache, tables, table_rows, seq_lens, window, table_stride,
+           HK: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+           WINDOW: tl.constexpr, HAS_TABLE_ROWS: tl.constexpr):  # fmt: skip
+    """Has the keys and values of tile `low` of a head brought to L2."""
+    length = tl.load(seq_lens + row)
+    first = tl.maximum(length - window, 0) // BLOCK_N if WINDOW else 0
+    token = tl.minimum((first + low) * BLOCK_N + tl.arange(0, BLOCK_N), length - 1)
+    table = _table(row, tables, table_rows, table_stride, HAS_TABLE_ROWS)
+    block = tl.load(table + token // BLOCK_SIZE).to(tl.int64)
+    at = ((block * HK + head) * BLOCK_SIZE + token % BLOCK_SIZE) * D
+    SIZE: tl.constexpr = D * (key_cache.dtype.element_ty.primitive_bitwidth // 8)
+    if SIZE % 16 == 0:
+        prefetch(key_cache + at, SIZE)
+        prefetch(value_cache + at, SIZE)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _decode(q, key_cache, value_cache, out, parts, stats, begun, arrivals, tables, table_rows, query_start,
             seq_lens, num_rows, window, q_stride, out_stride, table_stride, scale,
@@ -197,10 +221,10 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, arrivals, table
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_SIZE: tl.constexpr,
             MIN_TILES: tl.constexpr, SETUP: tl.constexpr, RAGGED: tl.constexpr, WINDOW: tl.constexpr,
             HAS_TABLE_ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program's share of all units; their order is row, kv head, and then SETUP and the head's tiles."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+    """One program's share of all units; their order is row, kv head, and then SETUP and the head's tiles.
+
+    Shares are found while the kernel in front, which makes a token's query, key and value, still ends, and
+    the first tile of each is brought to L2: lengths, tables and all other tokens are older than that."""
     pid = tl.program_id(0)
     counts = _tiles(query_start, seq_lens, num_rows, window, BLOCK_B, BLOCK_N, RAGGED, WINDOW)
     units = tl.where(counts > 0, counts + SETUP, 0)
@@ -213,13 +237,20 @@ def _decode(q, key_cache, value_cache, out, parts, stats, begun, arrivals, table
     in_q = (m_range[:, None] < GROUP) & (d_range[None, :] < D)
     unfinished = -1  # the head that this program begins and others finish
     row, head, begin, count = _find(unit, units, ends, HK, BLOCK_B)
+    if PDL:
+        if unit < stop:
+            low = tl.maximum(unit - begin - SETUP, 0)
+            _bring(low, row, head, key_cache, value_cache, tables, table_rows, seq_lens, window, table_stride,
+                   HK, D, BLOCK_N, BLOCK_SIZE, WINDOW, HAS_TABLE_ROWS)  # fmt: skip
+        gdc_wait()
+        gdc_launch_dependents()
     while unit < stop:
         end = tl.minimum(begin + count, stop)
         low, high = tl.maximum(unit - begin - SETUP, 0), tl.maximum(end - begin - SETUP, 0)  # of its tiles
         length = tl.load(seq_lens + row)
         first = tl.maximum(length - window, 0) // BLOCK_N if WINDOW else 0
         query = tl.load(query_start + row) if RAGGED else row
-        table = tables + (tl.load(table_rows + row) if HAS_TABLE_ROWS else row).to(tl.int64) * table_stride
+        table = _table(row, tables, table_rows, table_stride, HAS_TABLE_ROWS)
         heads = (head * GROUP + m_range)[:, None] * D + d_range[None, :]
         queries = tl.load(q + query.to(tl.int64) * q_stride + heads, mask=in_q, other=0.0)
         acc, best, norm = _attend(

@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.cuda.meet import addresses
+from kernels.cuda.prefetch import prefetch
 
 # Threads of one program that ask for weights ahead of time, one piece of a row each.
 PIECES = tl.constexpr(128)
@@ -25,16 +26,8 @@ def _prefetch(weight, rows, K, first, BN: tl.constexpr, SPAN: tl.constexpr):
     COUNT: tl.constexpr = PIECES // BN if BN < PIECES else 1
     PIECE: tl.constexpr = SPAN // COUNT
     column = tl.minimum(first, K - SPAN) + tl.arange(0, COUNT) * PIECE
-    address = (weight + rows.to(tl.int64)[:, None] * K + column[None, :]).to(tl.int64, bitcast=True)
-    size = tl.full([BN, COUNT], PIECE * (weight.dtype.element_ty.primitive_bitwidth // 8), tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    pointers = weight + rows.to(tl.int64)[:, None] * K + column[None, :]
+    prefetch(pointers, PIECE * (weight.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
