@@ -6,7 +6,8 @@ Of 8,192 rows of Qwen2.5 7B's width, in CUDA graphs: the copy alone and with its
 the addition that is left, with several grids; the sum of `kernels.cuda.ranks` that they replace; the products
 of a layer whole and in two pieces of several sizes. Then four layers whole, with and without, cut in several
 ways, in a graph and handed over launch by launch; what they give must be the same on both ranks, bit for bit,
-and the same with and without but for what products round. A minute on two H100s.
+and the same with and without but for what products round. What counts are the graphs in turn, at the power
+limit: products in their own loop differ from one run to the next by more than a cut gains. A minute on two.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +45,8 @@ FIRST_ROWS = (2048, 3072, 3328, 3584, 3840, 4096, 4608)
 # Rows and columns of the weights of one of two ranks.
 PRODUCTS = {"qkv": (2304, 3584), "o": (3584, 1792), "gate_up": (18944, 3584), "down": (3584, 9472)}
 REPLAYS = 7
+# Of a graph in a block, and blocks of each.
+BLOCK, ROUNDS = 30, 6
 
 
 class Bench:
@@ -117,37 +121,44 @@ class Bench:
         return results
 
     def layers(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Microseconds of a layer, one of several with attention, and whether results are equal."""
-        layers, step = [self.layer() for _ in range(LAYERS)], self.step()
-        start = self.my.randn(ROWS, WIDTH)
-        given = {}
+        """Microseconds of a layer, one of several with attention, and whether results are equal.
 
-        def forward(form: Callable[..., Any]) -> None:
-            given["states"] = form(layers, start.clone(), step, self.ranks)
-
-        def timed(label: str, form: Callable[..., Any]) -> dict[str, Any]:
-            graph = seconds(lambda _: forward(form), 2)
-            device, host = device_and_host_ms(lambda: forward(form), REPLAYS, dist.barrier)
-            states = sum(given["states"])
-            row = {
-                "us": 1e6 * graph / LAYERS, "eager us": 1e3 * device / LAYERS, "host us": 1e3 * host / LAYERS,
-                "equal on both ranks": self.my.everyone_agrees(bits(states)), "states": states,
-            }  # fmt: skip
-            say(
-                f"a layer, {label}: {row['us']:.1f} us in a graph, {row['eager us']:.1f} handed over in "
-                f"{row['host us']:.1f}; equal on both ranks: {row['equal on both ranks']}"
-            )
-            return row
-
-        whole = timed("whole", stack.forward_wide)
-        results, usual = {"whole": whole}, module.FIRST_PIECE
-        for first in FIRST_ROWS:
+        Graphs are timed in turn, each for a third of a second and none after a pause: so all see the same
+        temperature, and the power limit.
+        """
+        layers, step, start = [self.layer() for _ in range(LAYERS)], self.step(), self.my.randn(ROWS, WIDTH)
+        usual, whole = module.FIRST_PIECE, torch.zeros_like(start)
+        results: dict[str, Any] = {}
+        graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        forms = {f"carried, {first} first": (stack.forward_carried, first) for first in FIRST_ROWS}
+        for label, (form, first) in {"whole": (stack.forward_wide, 0), **forms}.items():
             module.FIRST_PIECE = first / ROWS
-            row = results[f"carried, {first} first"] = timed(f"{first} first", stack.forward_carried)
-            row["furthest"] = (row.pop("states") - whole["states"]).abs().max().item()
-            say(f"   furthest from the whole: {row['furthest']:.4f}")
+
+            def forward(form: Callable[..., Any] = form) -> torch.Tensor:
+                return sum(form(layers, start.clone(), step, self.ranks))
+
+            device, host = device_and_host_ms(forward, REPLAYS, dist.barrier)
+            graphs[label] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                states = forward()
+            graph.replay()
+            torch.cuda.synchronize()
+            if not first:
+                whole = states.clone()
+            results[label] = {
+                "eager us": 1e3 * device / LAYERS, "host us": 1e3 * host / LAYERS, "us": [],
+                "equal on both ranks": self.my.everyone_agrees(bits(states)),
+                "furthest from the whole": (states - whole).abs().max().item(),
+            }  # fmt: skip
         module.FIRST_PIECE = usual
-        whole["largest"] = whole.pop("states").abs().max().item()
+        for _ in range(ROUNDS):
+            for label, graph in graphs.items():
+                dist.barrier()
+                ms, _ = device_and_host_ms(lambda graph=graph: [graph.replay() for _ in range(BLOCK)], 1)
+                results[label]["us"].append(1e3 * ms / BLOCK / LAYERS)
+        for label, row in results.items():
+            row["median us"] = statistics.median(row["us"][1:])  # the first heats
+            say(f"a layer, {label}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
         return results
 
     def layer(self) -> Layer:
