@@ -160,8 +160,9 @@ INLINE void weigh(const int rows, const int bf16, const tile *t, int32_t t0, int
         weigh_rest(rows, bf16, t, d, t0, t1, part, out);
 }
 
-/* The words of tokens [token, token + VL). Where a block is no multiple of VL they are copied to `copy`. */
-static const uint32_t *key_words(const tile *t, int32_t token, int32_t end, uint32_t *copy, int64_t *stride) {
+/* The words of tokens [token, token + VL). Where a block is no multiple of VL, those in sight are copied to `copy`:
+ * the others may be in no block of the table. */
+static const uint32_t *key_words(const tile *t, int32_t token, uint32_t *copy, int64_t *stride) {
     const pagoda_cache *c = &t->a->cache;
     int size = c->block_size;
     if (size % VL == 0) {
@@ -170,7 +171,7 @@ static const uint32_t *key_words(const tile *t, int32_t token, int32_t end, uint
     }
     *stride = VL;
     int words = c->head_dim / (c->bf16 ? 2 : 1);
-    for (int32_t i = 0; i < VL && token + i < end; i++) {
+    for (int32_t i = token < t->part_begin ? t->part_begin - token : 0; i < VL && token + i < t->part_end; i++) {
         const uint32_t *keys = (const uint32_t *)head_keys(c, t->blocks[(token + i) / size], t->head);
         for (int d = 0; d < words; d++)
             copy[d * VL + i] = keys[d * size + (token + i) % size];
@@ -190,7 +191,7 @@ INLINE void score(const int rows, const int bf16, const tile *t, int32_t from, i
         int n = token + panels * VL <= to ? panels : 1;
         for (int p = 0; p < n; p++) {
             int32_t first = token + p * VL;
-            words[p] = key_words(t, first, to, copies[p], &stride);
+            words[p] = key_words(t, first, copies[p], &stride);
             ahead[p] = ahead_of(t, 0, first / c->block_size);
             ahead[p] = ahead[p] ? ahead[p] + first % c->block_size * 4 : (const char *)words[p];
         }
