@@ -73,6 +73,7 @@ class ControlService:
         )
         for worker in snapshot.workers:
             worker.device = self._engine.devices.get(worker.name, "")
+            worker.num_ranks = self._engine.num_ranks.get(worker.name, 0)
         return snapshot
 
 

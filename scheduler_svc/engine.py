@@ -86,6 +86,7 @@ class Engine:
         self.vocabulary = b""
         self.workers: dict[str, WorkerAttached] = {}
         self.devices: dict[str, str] = {}
+        self.num_ranks: dict[str, int] = {}
         self.sinks: dict[int, Sink] = {}
         self.on_change: list[Callable[[], None]] = []
         self.num_aborted = 0
@@ -120,11 +121,12 @@ class Engine:
             self.vocabulary = vocabulary
             self._tell(vocabulary)
 
-    def worker_attached(self, event: WorkerAttached, model: ServedModel) -> None:
-        """A group is complete; the first one decides what the cluster serves."""
+    def worker_attached(self, event: WorkerAttached, model: ServedModel, num_ranks: int) -> None:
+        """A group of so many ranks is complete; the first one decides what the cluster serves."""
         self.model = self.model or model
         self.workers[event.worker] = event
         self.devices[event.worker] = model.device
+        self.num_ranks[event.worker] = num_ranks
         self._max_slots = max(worker.max_slots for worker in self.workers.values())
         self.metrics.set_model(self.model.name)
         self._post(event)

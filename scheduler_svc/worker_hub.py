@@ -218,7 +218,7 @@ class WorkerHub:
             num_host_blocks=start.num_host_blocks,
             block_bytes=hellos[0].block_bytes,
         )
-        self._engine.worker_attached(event, served_model(hellos[0]))
+        self._engine.worker_attached(event, served_model(hellos[0]), group.world_size)
 
     def _end(self, group: Group, code: grpc.StatusCode, reason: str) -> None:
         """End a group's session: every rank is cut, the core loses the worker. Harmless when repeated."""

@@ -26,6 +26,7 @@ class WorkerState(msgspec.Struct):
     """One worker group. `cells` is value, count, value, count, ... over its blocks."""
 
     name: str
+    ranks: int
     device: str
     num_blocks: int
     block_size: int
@@ -84,6 +85,7 @@ def state_of(snapshot: pb.Snapshot) -> State:
 def _worker(worker: pb.WorkerSnapshot) -> WorkerState:
     return WorkerState(
         name=worker.name,
+        ranks=worker.num_ranks,
         device=worker.device,
         num_blocks=worker.num_blocks,
         block_size=worker.block_size,

@@ -47,8 +47,9 @@ export class BlockMap {
     this.worker = worker;
     this.requests = requests;
     const tokens = (worker.num_blocks * worker.block_size).toLocaleString("en");
+    const devices = worker.ranks > 1 ? `${worker.ranks} × ${worker.device}` : worker.device;
     this.caption.textContent =
-      `${worker.name} · ${worker.device} · ${worker.num_blocks.toLocaleString("en")} blocks of ` +
+      `${worker.name} · ${devices} · ${worker.num_blocks.toLocaleString("en")} blocks of ` +
       `${worker.block_size} = ${tokens} tokens · ${(100 * worker.sharing).toFixed(0)} % saved by sharing`;
     this.canvas.setAttribute("aria-label", `KV cache of ${worker.name}; arrow keys move from block to block`);
     if (resized) this.#fit();

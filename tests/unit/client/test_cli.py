@@ -378,7 +378,8 @@ def snapshot(server: ScriptedServer, unix_us: int, generated: int) -> None:
     shot = spb.Snapshot(unix_us=unix_us, num_waiting=1, num_running=2, generation_tokens=generated)
     shot.model.name = "m"
     blocks = dict(num_blocks=10, num_free_blocks=5, num_cached_blocks=2, num_host_blocks=7)
-    shot.workers.add(name="worker-0", device="cpu", num_host_blocks_used=4, **blocks)
+    shot.workers.add(name="worker-0", device="cpu", num_ranks=1, num_host_blocks_used=4, **blocks)
+    shot.workers.add(name="worker-1", device="gpu", num_ranks=2, **blocks)
     shot.requests.add(request_id="[red]r-1", state=spb.REQUEST_STATE_DECODE, worker="worker-0")
     shot.requests.add(request_id="r-3", state=spb.REQUEST_STATE_SWAPPED, worker="worker-0")
     shot.swapped_tokens, shot.recomputed_tokens = 1234, 56
@@ -386,7 +387,8 @@ def snapshot(server: ScriptedServer, unix_us: int, generated: int) -> None:
     server.control.snapshots.append(shot)
 
 
-def test_top_once_shows_workers_requests_and_reasons() -> None:
+def test_top_once_shows_workers_requests_and_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     with serving(play(last(0))) as server:
         snapshot(server, 1_000_000, 10)
         done = cli("top", "--once", "--scheduler", server.target)
@@ -395,6 +397,8 @@ def test_top_once_shows_workers_requests_and_reasons() -> None:
         assert part in done.stdout
     for part in ("4/7", "swapped 1,234", "recomputed 56"):
         assert part in done.stdout
+    assert re.search(r"  cpu *$", done.stdout, re.MULTILINE)
+    assert re.search(r" 2 x gpu *$", done.stdout, re.MULTILINE), "a model over two devices"
     assert re.search(r"^ *r-3 +swapped ", done.stdout, re.MULTILINE)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway_svc.ui.live import INTERVAL_MS, INTERVAL_OF_MANY_MS, MANY_BLOCKS, interval_for
-from gateway_svc.ui.state import CACHED, cells, ranges
+from gateway_svc.ui.state import CACHED, cells, ranges, state_of
 from pagoda.v1 import scheduler_pb2 as pb
 from tests.unit.gateway.conftest import Running
 from tests.unit.gateway.fake_scheduler import FakeScheduler
@@ -63,6 +63,12 @@ def test_a_large_cache_is_asked_for_less_often() -> None:
     assert interval_for(pb.Snapshot()) == INTERVAL_MS
     assert interval_for(pb.Snapshot(workers=[half, half])) == INTERVAL_MS
     assert interval_for(pb.Snapshot(workers=[half, half, one])) == INTERVAL_OF_MANY_MS
+
+
+def test_a_worker_says_how_many_ranks_it_has() -> None:
+    workers = [pb.WorkerSnapshot(name="w0", device="cpu", num_ranks=n) for n in (1, 2)]
+    shown = state_of(pb.Snapshot(workers=workers)).workers
+    assert [(worker.ranks, worker.device) for worker in shown] == [(1, "cpu"), (2, "cpu")]
 
 
 @given(st.lists(st.integers(0, 3)), st.data())

@@ -79,7 +79,7 @@ async def test_snapshot_tells_who_runs_and_why_others_do_not(local: LocalSchedul
     assert all(not r.why_not_running for r in snapshot.requests[:2])
     assert all(r.why_not_running for r in snapshot.requests[2:])
     (worker,) = snapshot.workers
-    assert (worker.name, worker.epoch, worker.device) == ("w0", 1, "simulated")
+    assert (worker.name, worker.epoch, worker.device, worker.num_ranks) == ("w0", 1, "simulated", 1)
     assert (worker.num_blocks, worker.max_slots, worker.num_slots_used) == (512, 2, 2)
     assert len(worker.ref_counts) == 512
     held = [block for r in snapshot.requests for sample in r.samples for block in sample.blocks]

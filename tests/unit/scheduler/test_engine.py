@@ -72,7 +72,7 @@ async def engine(core: Watched, sent: list[Plan]) -> Engine:
     """An engine with a worker attached."""
     made = Engine(core, 100, Metrics(), structlog.get_logger(), clock=lambda: 5.0)
     made.connect(lambda plan, num_sampling, message: sent.append(plan), lambda message: None)
-    made.worker_attached(ATTACHED, MODEL)
+    made.worker_attached(ATTACHED, MODEL, 1)
     await asyncio.sleep(0)
     return made
 
@@ -136,7 +136,7 @@ async def test_until_the_core_has_the_first_worker_requests_are_unavailable() ->
     """It could not tell yet whether they fit."""
     made = Engine(Watched(), 100, Metrics(), structlog.get_logger())
     session = made.open_session(Box())
-    made.worker_attached(ATTACHED, MODEL)
+    made.worker_attached(ATTACHED, MODEL, 1)
     with pytest.raises(NoWorker):
         made.submit(session, 1, request([1]))
     await asyncio.sleep(0)

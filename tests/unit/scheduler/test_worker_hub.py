@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2 as wire
+from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc import worker_hub
 from tests.support.session_client import request
 from tests.support.sim_worker import SimDevice, expected_output, hello_for
@@ -296,6 +297,8 @@ async def test_a_group_is_complete_when_all_ranks_are_there(local: LocalSchedule
     one, two = await starts(first, second)
     assert one == two
     assert (one.num_device_blocks, one.max_slots) == (40, 5), "the minimum over the ranks"
+    (shown,) = (await local.control.Snapshot(pb.SnapshotRequest())).snapshot.workers
+    assert (shown.name, shown.num_ranks) == ("w0", 2)
 
 
 async def test_ranks_that_differ_are_refused(local: LocalScheduler) -> None:

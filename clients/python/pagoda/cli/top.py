@@ -101,7 +101,7 @@ def _workers(now: spb.Snapshot) -> Table:
             f"{worker.num_host_blocks_used}/{worker.num_host_blocks}",
             str(worker.horizon),
             f"{worker.step_us / 1000:.2f}",
-            worker.device,
+            f"{worker.num_ranks} x {worker.device}" if worker.num_ranks > 1 else worker.device,
         )
     return table
 

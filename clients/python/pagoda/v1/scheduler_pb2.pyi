@@ -1198,6 +1198,7 @@ class WorkerSnapshot(google.protobuf.message.Message):
     NUM_LOOKAHEAD_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_HOST_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_HOST_BLOCKS_USED_FIELD_NUMBER: builtins.int
+    NUM_RANKS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name of the group."""
     epoch: builtins.int
@@ -1234,6 +1235,8 @@ class WorkerSnapshot(google.protobuf.message.Message):
     """num_host_blocks for swapping, in all."""
     num_host_blocks_used: builtins.int
     """num_host_blocks_used by requests that are swapped out."""
+    num_ranks: builtins.int
+    """num_ranks that hold one model together, each on a device of its own."""
     @property
     def ref_counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """ref_counts, one a block, when blocks were asked for: 0 free or cached."""
@@ -1265,8 +1268,9 @@ class WorkerSnapshot(google.protobuf.message.Message):
         num_lookahead_blocks: builtins.int = ...,
         num_host_blocks: builtins.int = ...,
         num_host_blocks_used: builtins.int = ...,
+        num_ranks: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "device", b"device", "epoch", b"epoch", "horizon", b"horizon", "kv_sharing_ratio", b"kv_sharing_ratio", "kv_waste_ratio", b"kv_waste_ratio", "max_slots", b"max_slots", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_host_blocks", b"num_host_blocks", "num_host_blocks_used", b"num_host_blocks_used", "num_inflight", b"num_inflight", "num_lookahead_blocks", b"num_lookahead_blocks", "num_shared_blocks", b"num_shared_blocks", "num_slots_used", b"num_slots_used", "ref_counts", b"ref_counts", "step_us", b"step_us"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block_size", b"block_size", "cached_blocks", b"cached_blocks", "device", b"device", "epoch", b"epoch", "horizon", b"horizon", "kv_sharing_ratio", b"kv_sharing_ratio", "kv_waste_ratio", b"kv_waste_ratio", "max_slots", b"max_slots", "name", b"name", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_free_blocks", b"num_free_blocks", "num_host_blocks", b"num_host_blocks", "num_host_blocks_used", b"num_host_blocks_used", "num_inflight", b"num_inflight", "num_lookahead_blocks", b"num_lookahead_blocks", "num_ranks", b"num_ranks", "num_shared_blocks", b"num_shared_blocks", "num_slots_used", b"num_slots_used", "ref_counts", b"ref_counts", "step_us", b"step_us"]) -> None: ...
 
 global___WorkerSnapshot = WorkerSnapshot
 
