@@ -19,6 +19,7 @@ _STATES = {
     pb.REQUEST_STATE_PREFILL: "prefill",
     pb.REQUEST_STATE_DECODE: "decode",
     pb.REQUEST_STATE_PREEMPTED: "preempted",
+    pb.REQUEST_STATE_SWAPPED: "swapped",
 }
 
 

@@ -71,6 +71,12 @@ def test_a_worker_says_how_many_ranks_it_has() -> None:
     assert [(worker.ranks, worker.device) for worker in shown] == [(1, "cpu"), (2, "cpu")]
 
 
+def test_a_request_in_any_state_is_shown() -> None:
+    states = [state for state in pb.RequestState.values() if state != pb.REQUEST_STATE_UNSPECIFIED]
+    shown = state_of(pb.Snapshot(requests=[pb.RequestSnapshot(state=state) for state in states])).requests
+    assert [request.state for request in shown] == ["waiting", "prefill", "decode", "preempted", "swapped"]
+
+
 @given(st.lists(st.integers(0, 3)), st.data())
 def test_cells_say_what_the_columns_say(ref_counts: list[int], data: st.DataObject) -> None:
     ids = list(range(len(ref_counts)))
