@@ -15,6 +15,7 @@ from pagoda.v1 import scheduler_pb2 as pb
 from pagoda.v1 import scheduler_pb2_grpc as pb_grpc
 
 WHOLE_REQUEST = 4294967295
+LEAVE_S = 5.0  # longest wait for a scheduler that is told that we leave
 
 
 @dataclass
@@ -54,8 +55,12 @@ class SessionClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # We close our half, and the scheduler ends the stream. A cancelled call would be over for us at once
+        # but not for gRPC, which would bring its status to a loop that may be closed by then.
+        await self.call.done_writing()
+        await asyncio.wait([self._reader], timeout=LEAVE_S)
         self.call.cancel()
-        # The read that is under way ends with the call; left alone it would end in a loop that is closed.
+        # So would a read that is under way, where the scheduler says nothing more.
         await asyncio.gather(self._reader, return_exceptions=True)
         await self._channel.close()
 

@@ -57,6 +57,16 @@ async def test_hello_is_answered_with_what_is_served(local: LocalScheduler) -> N
         assert client.accepted[-1].HasField("model"), "the model is known once and for all"
 
 
+async def test_a_client_that_leaves_hears_the_end(serving: LocalScheduler) -> None:
+    """Also with requests under way: a call left behind would end in another event loop, or in none."""
+    async with serving.session() as client:
+        (handle,) = await client.submit(request(PROMPT, max_tokens=400, ignore_eos=True))
+        await client.received[handle].began.wait()
+    assert await client.call.code() is grpc.StatusCode.OK
+    await until(lambda: not serving.engine.sinks)
+    serving.check_idle()
+
+
 async def test_requests_of_a_session_get_their_tokens(serving: LocalScheduler) -> None:
     async with serving.session() as client:
         batch = [request(PROMPT, max_tokens=1 + i % 30, seed=i, n=1 + i % 3) for i in range(60)]
