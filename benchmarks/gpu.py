@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import gpu_bars
 from benchmarks.gpu_client import Client, RefusedError, RunError
-from benchmarks.gpu_facts import facts
+from benchmarks.gpu_flags import add_service_flags, described, start, worker_command
 from benchmarks.gpu_models import IN_MEMORY, PRESETS, config_folder, room_for, write_checkpoint
 from benchmarks.gpu_openai import ClientFailedError, Route, openai_rows
 from benchmarks.gpu_rows import ROWS, Load, Row, warm
@@ -51,15 +51,9 @@ class Bench:
             temperatures=options.temperatures,
             say=self.say,
         )
-        base = Path(options.base)
-        self.model = options.model or config_folder(options.preset, base, options.tokenizer)
-        self.result: dict[str, Any] = {
-            "engine": "pagoda",
-            "preset": options.preset,
-            "facts": facts(PACKAGES, options.commit),
-            "flags": {k: str(v) for k, v in vars(options).items()},
-            "results": [],
-        }
+        self.model = options.model or config_folder(options.preset, options.base, options.tokenizer)
+        names = {"engine": "pagoda", "preset": options.preset}
+        self.result: dict[str, Any] = names | described(options, PACKAGES) | {"results": []}
 
     def say(self, text: str) -> None:
         """Print a line with the time since the start."""
@@ -74,25 +68,15 @@ class Bench:
     def worker(self, model: Path, load_format: str) -> list[str]:
         """The worker's command, but for the scheduler's address."""
         o = self.options
-        slots = ["--slots" if o.simulate else "--max-slots", str(o.slots)]
         if o.simulate:
             simulated = ["--blocks", str(SIMULATED_BLOCKS), "--vocab", "151936", "--lenient"]
-            return ["-m", "tests.support.sim_worker", *slots, *simulated, *o.worker_args]
-        return [
-            *("-m", "gpu_worker", "--model", str(model), "--load-format", load_format, *slots),
-            *("--device", o.device, "--dtype", o.dtype, "--max-model-len", str(o.context)),
-            *("--max-batched-tokens", str(o.batched_tokens), "--metrics-port", "0"),
-            *("--tensor-parallel", str(o.tensor_parallel)),
-            *o.worker_args,
-        ]
+            return ["-m", "tests.support.sim_worker", "--slots", str(o.slots), *simulated, *o.worker_args]
+        ranks = ("--tensor-parallel", str(o.tensor_parallel))
+        return worker_command(o, model, *ranks, load_format=load_format)
 
     def start(self, services: Services, model: Path, load_format: str) -> None:
         """Start scheduler and worker and wait until they serve."""
-        o = self.options
-        limits = ("--max-batched-tokens", str(o.batched_tokens))
-        services.start_scheduler("--no-prefix-cache", *limits, *o.scheduler_args)
-        services.start_worker(*self.worker(model, load_format))
-        services.wait_attached(o.ready_s)
+        start(self.options, services, self.worker(model, load_format), "--no-prefix-cache")
 
     def client(self, services: Services) -> Client:
         """A session with the scheduler, which watches over the services."""
@@ -152,7 +136,7 @@ class Bench:
             self.start_row("random weights, first start", first, self.model, o.load_format)
             self.start_row("random weights, second start", first, self.model, o.load_format)
             if o.checkpoint:
-                base = room_for(o.preset, Path(o.base))
+                base = room_for(o.preset, o.base)
                 with tempfile.TemporaryDirectory(prefix="pagoda-start-", dir=base) as weights:
                     began = time.perf_counter()
                     folder = Path(weights) / o.preset
@@ -185,24 +169,11 @@ def parse() -> argparse.Namespace:
     numbers = lambda of: lambda text: [of(x) for x in text.split(",")]  # noqa: E731
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-7b")
     p.add_argument("--rows", type=numbers(str), default=list(ROWS), help=",".join([*ROWS, "openai", "start"]))
-    p.add_argument("--out", type=Path, help="JSON file, written after each row")
     p.add_argument("--vllm", type=Path, help="JSON of vLLM's figures, to print beside, if there")
-    p.add_argument(
-        "--logs", type=Path, default=Path("/tmp/pagoda-bench"), help="folder of the services' logs"
-    )
-    p.add_argument("--base", default="/tmp/models", help="where model folders are made")
-    p.add_argument("--model", type=Path, help="a model folder instead of the preset's")
+    add_service_flags(p, logs=Path("/tmp/pagoda-bench"))
     p.add_argument("--tokenizer", type=Path, help="folder with tokenizer*.json, which openai needs")
     p.add_argument("--peers", type=Path, default=Path(".peers/bench"), help="folder of bench_serve.py")
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--load-format", default="dummy")
-    p.add_argument("--context", type=int, default=4096)
-    p.add_argument("--slots", type=int, default=512)
     p.add_argument("--tensor-parallel", type=int, default=1, help="devices that share the model")
-    p.add_argument("--batched-tokens", type=int, default=8192)
-    p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
-    p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--gateway-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--num-requests", type=int, default=1000, help="of the sharegpt-like load")
     p.add_argument("--num-fixed", type=int, default=512, help="of the fixed load and of the OpenAI route")
@@ -213,10 +184,7 @@ def parse() -> argparse.Namespace:
     p.add_argument(
         "--checkpoint", action="store_true", help="start: write a checkpoint and start from it too"
     )
-    p.add_argument("--ready-s", type=float, default=180, help="longest start of the services")
     p.add_argument("--limit-s", type=float, default=120, help="longest single run")
-    p.add_argument("--settle-s", type=float, default=8, help="idle time first: a worker captures graphs then")
-    p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     p.add_argument("--simulate", action="store_true", help="a simulated worker instead of a GPU")
     options = p.parse_args()
     if unknown := set(options.rows) - {*ROWS, "openai", "start"}:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_client import Client, RunError
-from benchmarks.gpu_facts import facts
+from benchmarks.gpu_flags import add_service_flags, described, start, worker_command
 from benchmarks.gpu_models import PRESETS, config_folder
 from benchmarks.gpu_services import ServiceError, Services, reporting
 from benchmarks.workload import fixed
@@ -78,14 +77,7 @@ def run(model: Path, o: argparse.Namespace) -> list[dict[str, Any]]:
     services = Services(o.logs)
     rows = []
     with services:
-        limits = ("--max-batched-tokens", str(o.batched_tokens))
-        services.start_scheduler("--no-prefix-cache", *limits, *o.scheduler_args)
-        services.start_worker(
-            *("-m", "gpu_worker", "--model", str(model), "--load-format", o.load_format, *limits),
-            *("--device", o.device, "--dtype", o.dtype, "--max-model-len", "4096", "--metrics-port", "0"),
-            *("--max-slots", str(o.slots), *o.worker_args),
-        )
-        services.wait_attached(o.limit_s)
+        start(o, services, worker_command(o, model), "--no-prefix-cache")
         time.sleep(o.settle_s)
         with Client(services.address, o.limit_s, services) as client, reporting(services):
             for kind, width, num_requests in o.cases:
@@ -105,30 +97,18 @@ def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description="groups of sequences", epilog=__doc__)
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-7b")
-    p.add_argument("--model", type=Path, help="a model folder instead of a preset")
-    p.add_argument("--base", type=Path, default=Path("/tmp/models"), help="where model folders are made")
-    p.add_argument("--logs", type=Path, default=Path("/tmp/pagoda-groups"), help="the services' logs")
-    p.add_argument("--out", type=Path)
+    add_service_flags(p, logs=Path("/tmp/pagoda-groups"), slots=256, ready_s=300.0, settle_s=10.0)
     p.add_argument("--vllm", type=Path, help="JSON of bench_vllm_beam.py from the same machine")
     p.add_argument(
         "--cases",
         type=lambda text: [case(c) for c in text.split(",")],
         default="n1x64,n4x64,beam4x64,beam6x16",
     )
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--load-format", default="dummy")
     p.add_argument("--prompt-len", type=int, default=256)
     p.add_argument("--answer-len", type=int, default=128)
     p.add_argument("--beam-answer-len", type=int, default=64)
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--slots", type=int, default=256)
-    p.add_argument("--batched-tokens", type=int, default=8192)
-    p.add_argument("--settle-s", type=float, default=10.0, help="for graphs that are captured at rest")
-    p.add_argument("--limit-s", type=float, default=300.0)
-    p.add_argument("--scheduler-args", type=shlex.split, default=[])
-    p.add_argument("--worker-args", type=shlex.split, default=[])
-    p.add_argument("--commit", default="")
+    p.add_argument("--limit-s", type=float, default=300.0, help="longest single run")
     return p.parse_args()
 
 
@@ -143,8 +123,7 @@ def main() -> int:
         return 1
     missed = judged(rows, o.vllm if o.vllm and o.vllm.exists() else None)
     if o.out:
-        flags = {name: str(value) for name, value in vars(o).items()}
-        result = {"facts": facts(PACKAGES, o.commit), "flags": flags, "rows": rows, "missed": missed}
+        result = described(o, PACKAGES) | {"rows": rows, "missed": missed}
         o.out.write_text(json.dumps(result, indent=1))
     print(*missed, sep="\n")
     return 2 if missed else 0

@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 import grpc.aio
 
-from benchmarks.gpu_facts import facts
+from benchmarks.gpu_flags import add_service_flags, described, start, worker_command
 from benchmarks.gpu_models import PRESETS, config_folder
 from benchmarks.gpu_services import ServiceError, Services, reporting
 from benchmarks.gpu_soak_book import Book
@@ -281,40 +280,26 @@ def _rounds(total: int, warm: int, rounds: int) -> list[int]:
 def _start(options: argparse.Namespace, services: Services) -> None:
     """Scheduler and worker, the prefix cache on and the KV cache small."""
     o = options
-    services.start_scheduler("--max-batched-tokens", str(o.batched_tokens), *o.scheduler_args)
     if o.simulate:
         command = ["-m", "tests.support.sim_worker", "--slots", str(o.slots), "--blocks", str(o.blocks)]
-        command += ["--vocab", str(SIMULATED_VOCAB), "--iteration-ms", "2", "--lenient"]
+        command += ["--vocab", str(SIMULATED_VOCAB), "--iteration-ms", "2", "--lenient", *o.worker_args]
     else:
-        model = o.model or config_folder(o.preset, Path(o.base))
-        load_format = o.load_format or ("auto" if o.model else "dummy")
-        command = ["-m", "gpu_worker", "--model", str(model), "--load-format", load_format]
-        command += ["--device", o.device, "--dtype", o.dtype, "--max-slots", str(o.slots)]
-        command += ["--num-blocks", str(o.blocks), "--max-model-len", str(o.context)]
-        command += ["--max-batched-tokens", str(o.batched_tokens), "--metrics-port", "0"]
-    services.start_worker(*command, *o.worker_args)
-    services.wait_attached(o.ready_s)
+        command = worker_command(
+            *(o, o.model or config_folder(o.preset, o.base), "--num-blocks", str(o.blocks)),
+            load_format=o.load_format or ("auto" if o.model else "dummy"),
+        )
+    start(o, services, command)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-0.5b")
-    p.add_argument("--model", type=Path, help="a model folder instead of the preset's")
-    p.add_argument("--load-format", help="of the weights [auto with --model, else dummy]")
-    p.add_argument("--out", type=Path, help="JSON file")
-    p.add_argument("--logs", type=Path, default=Path("/tmp/pagoda-soak"), help="folder of the services' logs")
-    p.add_argument("--base", default="/tmp/models", help="where model folders are made")
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--context", type=int, default=4096)
-    p.add_argument("--slots", type=int, default=512)
+    # Rests come between rounds; weights are read where there is a model, else made up.
+    add_service_flags(p, logs=Path("/tmp/pagoda-soak"), settle_s=3.0, load_format="")
     p.add_argument(
         "--blocks", type=int, default=4000, help="KV blocks: few enough that requests are preempted"
     )
-    p.add_argument("--batched-tokens", type=int, default=8192)
-    p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
-    p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--num-requests", type=int, default=20_000)
     p.add_argument(
         "--warm-requests", type=int, default=2000, help="of these, before memory is looked at first"
@@ -327,11 +312,8 @@ def parse() -> argparse.Namespace:
         "--cycle", type=int, default=2000, help="requests from one surge of long answers to the next"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--ready-s", type=float, default=180, help="longest start of the services")
     p.add_argument("--stall-s", type=float, default=30, help="longest time without anything coming")
-    p.add_argument("--settle-s", type=float, default=3, help="at rest before memory is looked at")
     p.add_argument("--tell-s", type=float, default=5, help="between lines of progress")
-    p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     p.add_argument("--simulate", action="store_true", help="a simulated worker instead of a model")
     return p.parse_args()
 
@@ -341,12 +323,8 @@ def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services are ended, too
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background job ignores it
-    result: dict[str, Any] = {
-        "engine": "pagoda",
-        "preset": options.preset,
-        "facts": facts(PACKAGES, options.commit),
-        "flags": {k: str(v) for k, v in vars(options).items()},
-    }
+    names: dict[str, Any] = {"engine": "pagoda", "preset": options.preset}
+    result = names | described(options, PACKAGES)
     code = 0
     services = Services(options.logs)
     soak = Soak(options, services)

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import grpc.aio
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from benchmarks.gpu_facts import facts
+from benchmarks.gpu_flags import add_service_flags, described, start, worker_command
 from benchmarks.gpu_models import PRESETS, config_folder
 from benchmarks.gpu_services import ServiceError, Services, reporting
 from benchmarks.workload import END_ID, LOWEST_ID, fixed
@@ -215,14 +214,7 @@ def services_for(model: Path, o: argparse.Namespace) -> dict[str, Any]:
     """Start scheduler and worker over one model, measure, and end them."""
     services = Services(o.logs / model.name)
     with services:
-        limits = ("--max-batched-tokens", str(o.batched_tokens))
-        services.start_scheduler("--no-prefix-cache", *limits, *o.scheduler_args)
-        services.start_worker(
-            *("-m", "gpu_worker", "--model", str(model), "--load-format", o.load_format, *limits),
-            *("--device", o.device, "--dtype", o.dtype, "--max-model-len", "4096", "--metrics-port", "0"),
-            *("--max-slots", str(max(o.rows, o.slots)), *o.worker_args),
-        )
-        services.wait_attached(o.limit_s)
+        start(o, services, worker_command(o, model), "--no-prefix-cache")
         time.sleep(o.settle_s)
         with reporting(services):
             row = asyncio.run(measure(services.address, o))
@@ -234,35 +226,24 @@ def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description="what grammars cost", epilog=__doc__)
     p.add_argument("--presets", default="qwen2.5-7b,qwen2.5-0.5b", help=",".join(PRESETS))
-    p.add_argument("--model", type=Path, help="a model folder instead of presets")
     p.add_argument("--tokenizer", type=Path, help="folder with tokenizer.json")
-    p.add_argument("--base", type=Path, default=Path("/tmp/models"), help="where model folders are made")
-    p.add_argument("--logs", type=Path, default=Path("/tmp/pagoda-structured"), help="the services' logs")
-    p.add_argument("--out", type=Path, help="JSON file, written after each shape")
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--load-format", default="dummy")
-    p.add_argument("--batched-tokens", type=int, default=8192)
-    p.add_argument("--slots", type=int, default=64)
+    add_service_flags(p, logs=Path("/tmp/pagoda-structured"), slots=64, ready_s=300.0, settle_s=15.0)
     p.add_argument("--rows", type=int, default=64)
     p.add_argument("--constrained", type=int, default=8)
     p.add_argument("--prompt-len", type=int, default=128)
     p.add_argument("--answer-len", type=int, default=256)
     p.add_argument("--warm", type=int, default=2, help="runs of each kind before those that count")
     p.add_argument("--repeat", type=int, default=5)
-    p.add_argument("--settle-s", type=float, default=15.0, help="for graphs that are captured while idle")
-    p.add_argument("--limit-s", type=float, default=300.0)
-    p.add_argument("--scheduler-args", type=shlex.split, default=[])
-    p.add_argument("--worker-args", type=shlex.split, default=[])
-    p.add_argument("--commit", default="")
-    return p.parse_args()
+    p.add_argument("--limit-s", type=float, default=300.0, help="longest time without anything coming")
+    options = p.parse_args()
+    options.slots = max(options.rows, options.slots)
+    return options
 
 
 def main() -> int:
     """Run it; 1 where a run failed, 2 where a bar was missed."""
     o = parse()
-    flags = {name: str(value) for name, value in vars(o).items()}
-    result: dict[str, Any] = {"facts": facts(PACKAGES, o.commit), "flags": flags, "shapes": {}}
+    result: dict[str, Any] = described(o, PACKAGES) | {"shapes": {}}
     models = [o.model] if o.model else [config_folder(name, o.base) for name in o.presets.split(",")]
     for model in models:
         try:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import signal
 import statistics
 import sys
@@ -32,7 +31,7 @@ import grpc.aio
 import numpy as np
 
 from benchmarks.gpu_client import Client, RunError
-from benchmarks.gpu_facts import facts
+from benchmarks.gpu_flags import add_service_flags, described, start, worker_command
 from benchmarks.gpu_models import PRESETS, config_folder
 from benchmarks.gpu_services import ServiceError, Services
 from benchmarks.workload import Request, fixed, redrawn, sharegpt_like
@@ -133,7 +132,7 @@ class Bench:
         self.clients: dict[str, Client] = {}
         self.rows: list[dict[str, Any]] = []
         self._seed = 1_000_000
-        model = options.model or config_folder(options.preset, Path(options.base), None)
+        model = options.model or config_folder(options.preset, options.base)
         for mode in (m for m in MODES if m in options.ways or m == MODES[0]):
             services = self.services[mode] = stack.enter_context(Services(options.logs / mode))
             self._start(services, mode, model)
@@ -147,16 +146,9 @@ class Bench:
 
     def _start(self, services: Services, mode: str, model: Path) -> None:
         o = self.options
-        limits = ("--max-batched-tokens", str(o.batched_tokens))
-        services.start_scheduler("--no-prefix-cache", "--preemption-mode", mode, *limits, *o.scheduler_args)
-        services.start_worker(
-            *("-m", "gpu_worker", "--model", str(model), "--load-format", o.load_format, *limits),
-            *("--device", o.device, "--dtype", o.dtype, "--max-model-len", str(o.context)),
-            *("--max-slots", str(o.slots), "--num-blocks", str(o.blocks), "--metrics-port", "0"),
-            *(("--gpu-memory-utilization", "0.95") if o.device == "cuda" else ()),  # three workers share it
-            *o.worker_args,
-        )
-        services.wait_attached(o.ready_s)
+        share = ("--gpu-memory-utilization", "0.95") if o.device == "cuda" else ()  # three workers share it
+        worker = worker_command(o, model, "--num-blocks", str(o.blocks), *share)
+        start(o, services, worker, "--no-prefix-cache", "--preemption-mode", mode)
 
     def say(self, text: str) -> None:
         """Print a line with the time since the start."""
@@ -257,27 +249,13 @@ def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description="Half a cache, in every mode of preemption", epilog=__doc__)
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-7b")
-    p.add_argument("--model", type=Path, help="a model folder instead of the preset's")
-    p.add_argument("--base", default="/tmp/models", help="where model folders are made")
-    p.add_argument("--out", type=Path, help="JSON file")
-    p.add_argument("--logs", type=Path, default=Path("/tmp/pagoda-oversubscription"))
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--load-format", default="dummy")
-    p.add_argument("--context", type=int, default=2048)
-    p.add_argument("--slots", type=int, default=512)
-    p.add_argument("--batched-tokens", type=int, default=8192)
+    add_service_flags(p, logs=Path("/tmp/pagoda-oversubscription"), context=2048)
     p.add_argument("--blocks", type=int, default=3072, help="the cache's; mixes need twice as many")
     p.add_argument("--scale", type=float, default=1.0, help="of all lengths of prompts and answers")
     p.add_argument("--mixes", type=names(MIXES), default=[*MIXES], help="which of them, with commas")
     p.add_argument("--ways", type=names((*MODES, ORACLE)), default=[*MODES, ORACLE], help="likewise")
     p.add_argument("--repeat", type=int, default=5, help="rounds")
-    p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
-    p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
-    p.add_argument("--ready-s", type=float, default=180, help="longest start of the services")
     p.add_argument("--limit-s", type=float, default=120, help="longest single run")
-    p.add_argument("--settle-s", type=float, default=8, help="idle time first: a worker captures graphs then")
-    p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     return p.parse_args()
 
 
@@ -301,9 +279,7 @@ def main() -> int:
             failed = str(error)
             print(f"failed: {failed}", flush=True)
     found = verdicts(rows) if not failed else []
-    result = {
-        "facts": facts(PACKAGES, options.commit),
-        "flags": {k: str(v) for k, v in vars(options).items()},
+    result = described(options, PACKAGES) | {
         "loads": {name: {"requests": len(r), "blocks": need(r)} for name, r in loads.items()},
         "rows": rows,
         "verdicts": found,
