@@ -34,6 +34,7 @@ LIMITS = {"green": "#73bf69", "orange": "#ff9830", "red": "#f2495c", "text": INK
 HEAT = LinearSegmentedColormap.from_list("heat", ["#3a2410", "#8a4511", "#e0752d", "#ffb357", "#fff3d6"])
 NUM_POINTS = 240
 NUM_TIMES = 5  # on the axis of time
+HEADING_PT, LETTER_PX = 7.6, 0.81  # of a table's headings; how wide a letter is for each point of its size
 COLORS_OF_A_FILE, KMEANS = 240, 1
 
 
@@ -269,16 +270,18 @@ def _table(figure: Figure, page: Axes, place: Place, panel: dict[str, Any], aske
     (target,) = panel["targets"]
     columns = panel["transformations"][0]["options"]["include"]["names"]
     found = asked.prometheus.at(asked.filled(target), asked.end)
-    widths = [len(column) + 3 for column in columns]
+    cells = [[column, *(one.labels.get(column, "") for one in found)] for column in columns]
+    widths = [max(map(len, texts)) + 2 for texts in cells]
     usable = place.width - 24
+    size = min(HEADING_PT, usable / sum(widths) / LETTER_PX)
     lefts = [place.x + 12 + usable * sum(widths[:i]) / sum(widths) for i in range(len(columns))]
-    for left, column in zip(lefts, columns, strict=True):
-        page.text(left, place.y + 46, column, color="#6e9fff", size=7.6, va="center")
-    for row, one in enumerate(found):
+    for left, (column, *_) in zip(lefts, cells, strict=True):
+        page.text(left, place.y + 46, column, color="#6e9fff", size=size, va="center")
+    for row in range(len(found)):
         y = place.y + 74 + 26 * row
         page.plot([place.x + 8, place.x + place.width - 8], [y - 14, y - 14], color=GRID, lw=0.8)
-        for left, column in zip(lefts, columns, strict=True):
-            page.text(left, y, one.labels.get(column, ""), color=INK, size=8.2, va="center")
+        for left, (_, *values) in zip(lefts, cells, strict=True):
+            page.text(left, y, values[row], color=INK, size=size + 0.6, va="center")
 
 
 KINDS = {"stat": _stat, "timeseries": _lines, "heatmap": _heat, "table": _table}
@@ -302,10 +305,11 @@ def main() -> None:
     parser.add_argument("--ago", type=float, default=0.0, help="seconds from the pictures' end to now")
     parser.add_argument("--rate-interval", default="20s", help="what $__rate_interval stands for")
     parser.add_argument("--out", type=Path, default=Path("docs/boards"))
+    parser.add_argument("--boards", nargs="+", choices=boards.BOARDS, default=boards.BOARDS)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     end = time.time() - given.ago
-    for name in boards.BOARDS:
+    for name in given.boards:
         values = {
             v["name"]: v["allValue"]
             for v in boards.load(name)["templating"]["list"]
