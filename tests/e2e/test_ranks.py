@@ -59,6 +59,7 @@ def test_preempted_requests_go_on_as_transformers_says(mode: str) -> None:
     ) as running:
         got = run(running.scheduler.address, cases, 6)
         now = running.snapshot()
+    assert [worker.num_ranks for worker in now.workers] == [2]
     assert now.num_preemptions and bool(now.swapped_tokens) == (mode == "swap")
     check(cases, got.tokens)
 
