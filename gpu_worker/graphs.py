@@ -37,6 +37,9 @@ class Part(Enum):
     MASKED = auto()  # the whole, within the masks of grammars
 
 
+DRAWING = (Part.WHOLE, Part.MASKED)
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
 from gpu_worker.batch import Inputs, Padding, Shape, padding_alone, unpack
 from gpu_worker.beams import Beams
 from gpu_worker.grammar import Grammars
-from gpu_worker.graphs import NUM_FIRST, Graphs, Part
+from gpu_worker.graphs import DRAWING, NUM_FIRST, Draw, Graphs, Part
 from gpu_worker.host_pool import HostPool, Moment
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.models.decoder import Decoder, whole
@@ -79,7 +80,7 @@ class Runner:
         self.padding = padding or Padding()
         self.graphs: Graphs | None = None
         if padding is not None:
-            draws = {Part.WHOLE: self._draw_plainly, Part.MASKED: self._draw_within_masks}
+            draws: dict[Part, Draw] = {part: partial(self._draw_part, part) for part in DRAWING}
             sizes = self.padding, model.num_logits, device
             self.graphs = Graphs(self._compute, draws, rows, *sizes, model.ranks)
 
@@ -96,8 +97,8 @@ class Runner:
         inputs = unpack(block.to(self._drawn.device), shape, self._rows.iota)
         with alone(self._model.ranks):
             logits = self._compute(inputs)
-            self._draw_plainly(logits, inputs, shape)
-            self._draw_within_masks(logits, inputs, shape)
+            for part in DRAWING:
+                self._draw_part(part, logits, inputs, shape)
 
     def rehearse_diff(self) -> None:
         """Change nothing in every way in which a step may change rows and blocks."""
@@ -175,17 +176,13 @@ class Runner:
         """Inputs to logits, `out` where given: what a graph captures."""
         return self._model.logits(*self._forward(inputs, self._rows.state.block_tables.shape[1]), out)
 
-    def _draw_plainly(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
-        """Logits to tokens in the rows: what a graph captures after that."""
+    def _draw_part(self, part: Part, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
+        """Logits to tokens in the rows: what a graph of this part captures after that."""
         drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
-        features, ranks = Features(any_random=True), self._model.ranks
-        self._draw(logits, inputs, features, drawn, StepOutputs([]), ranks=ranks)
-
-    def _draw_within_masks(self, logits: torch.Tensor, inputs: Inputs, shape: Shape) -> None:
-        """The same where rows follow grammars."""
-        drawn = self._drawn_view(shape.samples, len(self._drawn) // (2 * shape.samples))
-        logits = whole(self._model, logits)
-        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), self._masks())
+        masks, ranks = None, self._model.ranks
+        if part is Part.MASKED:
+            logits, masks, ranks = whole(self._model, logits), self._masks(), None
+        self._draw(logits, inputs, Features(any_random=True), drawn, StepOutputs([]), masks, ranks)
 
     def _draw_as_asked(
         self, i: int, logits: torch.Tensor, inputs: Inputs, batch: Batch, drawn: torch.Tensor,

@@ -296,7 +296,20 @@ class Stager:
             last = last_token[slots]
         samples = host.num_computed[slots] == host.num_tokens[slots]
         sampling = slots[samples]
-        batch = self._chunks(step, rows, chunk, starts, sampling, last[samples])
+        parts: dict[str, Any] = {
+            "slots": rows, "lengths": chunk, "sample_slots": sampling, "sample_index": last[samples],
+        }  # fmt: skip
+        num_tiles = (0, 0)
+        if self._tiled:
+            parts["paged"], parts["fresh"] = tiles = make_tiles(chunk, starts)
+            num_tiles = len(tiles[0]), len(tiles[1])
+        sizes = len(rows), int(chunk.sum()), len(sampling), *num_tiles
+        shape = self._padding.chunks(*sizes, has_decodes=bool((chunk == 1).any()))
+        batch = self._sampling_batch(step, shape, rows, sampling, **parts)
+        left = host.told_until[rows] - starts
+        if left.max(initial=0) > 0:
+            asking = np.stack([rows, chunk, starts, left, host.num_prompt_top[rows]])
+            batch.prompts = wanted(step.slots, asking, self._staging.put_long)
         if parents:
             batch.forks = self._staging.put_long(forks), self._staging.put_long(parent_of)
         host.num_tokens[sampling] += 1
@@ -319,42 +332,13 @@ class Stager:
         left = host.num_tokens[slots] - host.num_computed[slots]
         if (left < 1).any():
             raise StepError(f"step {step.step_id}: a row has no token left to compute")
-        samples = left == 1
-        starts = host.num_computed[slots]
+        if (left > 1).any():
+            if m > 1:
+                raise StepError(f"step {step.step_id}: several iterations, and a row that does not sample")
+            return self._ragged_batch(step, slots, np.ones(len(slots), dtype=np.int64), {})
         host.num_computed[slots] += m
-        if samples.all():
-            shape = self._padding.decodes(len(slots))
-            batch = self._sampling_batch(step, shape, slots, slots, slots=slots)
-            host.num_tokens[slots] += m
-        elif m == 1:
-            ones, sampling = np.ones(len(slots), dtype=np.int64), slots[samples]
-            batch = self._chunks(step, slots, ones, starts, sampling, np.flatnonzero(samples))
-            host.num_tokens[sampling] += 1
-        else:
-            raise StepError(f"step {step.step_id}: several iterations, and a row that does not sample")
-        return batch
-
-    def _chunks(
-        self,
-        step: worker_pb2.Step,
-        rows: np.ndarray,
-        lengths: np.ndarray,
-        starts: np.ndarray,
-        sampling: np.ndarray,
-        sample_index: np.ndarray,
-    ) -> Batch:
-        tiles = make_tiles(lengths, starts) if self._tiled else ((), ())
-        has_decodes = bool((lengths == 1).any())
-        sizes = (len(rows), int(lengths.sum()), len(sampling), len(tiles[0]), len(tiles[1]), has_decodes)
-        shape = self._padding.chunks(*sizes)
-        parts: dict[str, Any] = {"sample_slots": sampling, "sample_index": sample_index, "lengths": lengths}
-        if self._tiled:
-            parts["paged"], parts["fresh"] = tiles
-        batch = self._sampling_batch(step, shape, rows, sampling, slots=rows, **parts)
-        left = self._rows.told_until[rows] - starts
-        if left.max(initial=0) > 0:
-            asking = np.stack([rows, lengths, starts, left, self._rows.num_prompt_top[rows]])
-            batch.prompts = wanted(step.slots, asking, self._staging.put_long)
+        batch = self._sampling_batch(step, self._padding.decodes(len(slots)), slots, slots, slots=slots)
+        host.num_tokens[slots] += m
         return batch
 
     def _sampling_batch(
