@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import msgspec
 import structlog
 
 from pagoda.tracing import Tracing, sampled
@@ -25,7 +26,6 @@ from scheduler_svc.core.events import (
     Finish,
     Outputs,
     Plan,
-    RequestArrived,
     RequestEnd,
     RequestStopped,
     SessionOutput,
@@ -192,22 +192,8 @@ class Engine:
             trace = partial(record_end, self.tracing, traceparent, num_resumed)
         self._live[request_id] = _Live(self._next_key, session, handle, trace)
         self._num_arriving += 1
-        self._post(
-            RequestArrived(
-                key=self._next_key,
-                session=session,
-                handle=handle,
-                request_id=request_id,
-                prompt=checked.prompt,
-                n=checked.n,
-                max_tokens=checked.max_tokens,
-                sampling=checked.sampling,
-                priority=checked.priority,
-                cache_salt=checked.cache_salt,
-                resume=checked.resume,
-                traceparent=traceparent,
-            )
-        )
+        whose = {"key": self._next_key, "session": session, "handle": handle, "request_id": request_id}
+        self._post(msgspec.structs.replace(checked, **whose, traceparent=traceparent))
         return self._next_key
 
     def stop(self, key: int, index: int | None, reason: Finish) -> None:

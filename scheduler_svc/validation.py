@@ -10,7 +10,7 @@ import msgspec
 
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.core.beams import EarlyStopping
-from scheduler_svc.core.events import Resumed, Sampling
+from scheduler_svc.core.events import RequestArrived, Resumed, Sampling
 from scheduler_svc.errors import InvalidRequest
 
 MAX_REQUEST_ID_BYTES = 128
@@ -37,22 +37,10 @@ class ServedModel(msgspec.Struct, frozen=True):
     dtype: str = ""  # for people
 
 
-class CheckedRequest(msgspec.Struct, frozen=True):
-    """A request whose every field is in range, with defaults filled in."""
-
-    prompt: tuple[int, ...]
-    n: int
-    max_tokens: int
-    sampling: Sampling
-    priority: int
-    cache_salt: str
-    resume: tuple[Resumed, ...]
-
-
 def check_request(
     request: pb.GenerateTokensRequest, model: ServedModel, max_slots: int, refusal: Refusal, seed: int
-) -> CheckedRequest:
-    """The request as the core takes it; `seed` is used where the caller gave none.
+) -> RequestArrived:
+    """The request as the core takes it, but for whose it is; `seed` is used where the caller gave none.
 
     Raises InvalidRequest, which names the field.
     """
@@ -74,7 +62,11 @@ def check_request(
         raise InvalidRequest("sampling.n", f"is {n}; must be from 1 to {max_slots}")
     width = _beam_width(params, n, max_slots)
     max_tokens = _max_tokens(params, len(prompt), width or n, model.max_model_len, refusal)
-    return CheckedRequest(
+    return RequestArrived(
+        key=0,
+        session=0,
+        handle=0,
+        request_id=request.request_id,
         prompt=prompt,
         n=n,
         max_tokens=max_tokens,

@@ -10,8 +10,9 @@ from google.rpc import error_details_pb2
 
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.core.beams import EarlyStopping
+from scheduler_svc.core.events import RequestArrived
 from scheduler_svc.errors import InvalidRequest, to_status
-from scheduler_svc.validation import CheckedRequest, ServedModel, check_request
+from scheduler_svc.validation import ServedModel, check_request
 
 MODEL = ServedModel(
     name="m", digest="d", vocab_size=1000, max_model_len=100, eos_token_ids=(2, 3), max_stop_ids=4
@@ -24,7 +25,7 @@ def never(_prompt: int, _n: int, _max_tokens: int) -> str | None:
     return None
 
 
-def check(prompt: Any = (5, 6), refusal: Any = never, resume: Any = (), **sampling: Any) -> CheckedRequest:
+def check(prompt: Any = (5, 6), refusal: Any = never, resume: Any = (), **sampling: Any) -> RequestArrived:
     request = pb.GenerateTokensRequest(prompt_token_ids=prompt, resume=resume)
     request.sampling.CopyFrom(pb.SamplingParams(**sampling))
     return check_request(request, MODEL, MAX_SLOTS, refusal, MINTED)
