@@ -29,7 +29,7 @@ from scheduler_svc.record import Recorder
 HOUSEKEEPING_S = 1.0
 READING_EVERY = 10
 GRACE_S = 0.5
-SERVICES = (session.SERVICE, control.SERVICE, worker_hub.SERVICE)
+SERVICES = tuple(module.SERVICE.full_name for module in (session, control, worker_hub))
 
 
 class Service:
@@ -117,7 +117,7 @@ class Service:
         await self._health.set("", status.SERVING)
         while True:
             serving = bool(self._engine.workers)
-            await self._health.set(session.SERVICE, status.SERVING if serving else status.NOT_SERVING)
+            await self._health.set(SERVICES[0], status.SERVING if serving else status.NOT_SERVING)
             await self._changed.wait()
             self._changed.clear()
 

@@ -9,14 +9,14 @@ from typing import Any
 import grpc
 import grpc.aio
 import msgspec
-from google.protobuf.message import Message
 
 from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.calls import handler
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import InvalidRequest, abort
 from scheduler_svc.session import SchedulerService, model_info
 
-SERVICE = "pagoda.v1.ControlService"
+SERVICE = pb.DESCRIPTOR.services_by_name["ControlService"]
 MIN_INTERVAL_MS = 50
 DEFAULT_INTERVAL_MS = 1000
 DEFAULT_MAX_REQUESTS = 1000
@@ -33,13 +33,7 @@ class ControlService:
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """The service, for a server."""
-        unary, stream = grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler
-        rpcs = {
-            "Abort": _rpc(unary, self.abort, pb.AbortRequest, pb.AbortResponse),
-            "Snapshot": _rpc(unary, self.snapshot, pb.SnapshotRequest, pb.SnapshotResponse),
-            "Watch": _rpc(stream, self.watch, pb.WatchRequest, pb.WatchResponse),
-        }
-        return grpc.method_handlers_generic_handler(SERVICE, rpcs)
+        return handler(SERVICE, Abort=self.abort, Snapshot=self.snapshot, Watch=self.watch)
 
     async def abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """End a request of anybody's, or one sample of it."""
@@ -75,7 +69,3 @@ class ControlService:
             worker.device = self._engine.devices.get(worker.name, "")
             worker.num_ranks = self._engine.num_ranks.get(worker.name, 0)
         return snapshot
-
-
-def _rpc(kind: Any, method: Any, request: type[Message], response: type[Message]) -> Any:
-    return kind(method, request.FromString, response.SerializeToString)

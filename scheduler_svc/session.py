@@ -13,13 +13,14 @@ import structlog
 
 from pagoda.tracing import server_span
 from pagoda.v1 import scheduler_pb2 as pb
+from scheduler_svc.calls import handler
 from scheduler_svc.codec import encode_output, encode_vocabulary, fill_logprob, fill_usage, split_rows
 from scheduler_svc.core.events import Finish, RequestEnd, SessionOutput
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import InvalidRequest, RequestFailed, SchedulerError, abort
 from scheduler_svc.streams import END_OF_STREAM, StreamCut
 
-SERVICE = "pagoda.v1.SchedulerService"
+SERVICE = pb.DESCRIPTOR.services_by_name["SchedulerService"]
 WHOLE_REQUEST = 4294967295
 HELLO_TIMEOUT_S = 10.0
 # What a peer may leave unread, in tokens; an entry of logprobs weighs as much as it takes on the wire.
@@ -163,20 +164,8 @@ class SchedulerService:
         engine.on_change.append(self._greet_all)
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """The service, for a server. A session's responses are bytes already."""
-        return grpc.method_handlers_generic_handler(
-            SERVICE,
-            {
-                "Session": grpc.stream_stream_rpc_method_handler(
-                    self.session, request_deserializer=pb.SessionRequest.FromString, response_serializer=None
-                ),
-                "GenerateTokens": grpc.unary_stream_rpc_method_handler(
-                    self.generate_tokens,
-                    request_deserializer=pb.GenerateTokensRequest.FromString,
-                    response_serializer=pb.GenerateTokensResponse.SerializeToString,
-                ),
-            },
-        )
+        """The service, for a server."""
+        return handler(SERVICE, Session=self.session, GenerateTokens=self.generate_tokens)
 
     @property
     def num_sessions(self) -> int:
@@ -295,15 +284,8 @@ def model_info(engine: Engine) -> pb.ModelInfo | None:
     model = engine.model
     if model is None:
         return None
-    return pb.ModelInfo(
-        name=model.name,
-        vocab_size=model.vocab_size,
-        max_model_len=model.max_model_len,
-        eos_token_ids=model.eos_token_ids,
-        digest=model.digest,
-        device=model.device,
-        dtype=model.dtype,
-    )
+    names = pb.ModelInfo.DESCRIPTOR.fields_by_name  # what it tells is named as `ServedModel` has it
+    return pb.ModelInfo(**{name: getattr(model, name) for name in names})
 
 
 def _submit(outbox: Outbox, batch: pb.SubmitBatch) -> str:

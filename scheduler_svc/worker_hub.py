@@ -17,6 +17,7 @@ import structlog
 
 from pagoda.checksum import step_checksum
 from pagoda.internal.v1 import worker_pb2 as wire
+from scheduler_svc.calls import handler
 from scheduler_svc.codec import BadResult, decode_result
 from scheduler_svc.core.events import Plan, WorkerAttached
 from scheduler_svc.core.worker import Flight
@@ -25,7 +26,7 @@ from scheduler_svc.errors import HelloRefused, abort
 from scheduler_svc.streams import END_OF_STREAM, StreamCut
 from scheduler_svc.validation import ServedModel
 
-SERVICE = "pagoda.internal.v1.WorkerService"
+SERVICE = wire.DESCRIPTOR.services_by_name["WorkerService"]
 PROTOCOL = 1
 HELLO_TIMEOUT_S = 10.0
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -98,11 +99,8 @@ class WorkerHub:
         engine.connect(self.send, self.tell)
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """The service, for a server. Responses are bytes already, the same for every rank."""
-        method = grpc.stream_stream_rpc_method_handler(
-            self.attach, request_deserializer=wire.AttachRequest.FromString, response_serializer=None
-        )
-        return grpc.method_handlers_generic_handler(SERVICE, {"Attach": method})
+        """The service, for a server. What goes to workers is the same for every rank."""
+        return handler(SERVICE, Attach=self.attach)
 
     # ----------------------------------------------------------------------------------- one stream
 
