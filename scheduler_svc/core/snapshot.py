@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,32 +14,6 @@ if TYPE_CHECKING:
     from scheduler_svc.core.scheduler import Scheduler
 
 WAITING, PREFILL, DECODE, PREEMPTED, SWAPPED = 1, 2, 3, 4, 5  # values of `pagoda.v1.RequestState`
-
-
-class SampleView(msgspec.Struct):
-    """One sample."""
-
-    index: int
-    slot: int | None
-    output_tokens: int
-    num_computed: int
-    blocks: list[int]
-    finish_reason: int
-
-
-class RequestView(msgspec.Struct):
-    """One request."""
-
-    request_id: str
-    state: int
-    why_not_running: str
-    worker: str
-    priority: int
-    age_us: int
-    prompt_tokens: int
-    cached_tokens: int
-    num_preemptions: int
-    samples: list[SampleView]
 
 
 class WorkerView(msgspec.Struct):
@@ -82,7 +56,7 @@ class Snapshot(msgspec.Struct):
     swapped_tokens: int
     recomputed_tokens: int
     workers: list[WorkerView]
-    requests: list[RequestView]
+    requests: list[dict[str, Any]]
 
 
 def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests: int) -> Snapshot:
@@ -128,7 +102,9 @@ def _worker(worker: Worker, blocks: bool) -> WorkerView:
     )
 
 
-def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dict[str, int]) -> RequestView:
+def _request(
+    core: Scheduler, group: Group, now: float, blocks: bool, ahead: dict[str, int]
+) -> dict[str, Any]:
     worker = core.workers.get(group.worker)
     why = ""
     if group.state is State.WAITING:
@@ -139,7 +115,7 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
     else:
         prefilling = worker is not None and any(s.slot in worker.prefilling for s in group.samples)
         state = PREFILL if prefilling or group.followers else DECODE
-    return RequestView(
+    return dict(
         request_id=group.request_id,
         state=state,
         why_not_running=why,
@@ -150,7 +126,7 @@ def _request(core: Scheduler, group: Group, now: float, blocks: bool, ahead: dic
         cached_tokens=group.cached_tokens,
         num_preemptions=group.num_preemptions,
         samples=[
-            SampleView(
+            dict(
                 index=s.index,
                 slot=None if s.slot == NO_SLOT else s.slot,
                 output_tokens=s.num_output,

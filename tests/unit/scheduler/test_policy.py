@@ -428,11 +428,11 @@ def test_snapshot_says_why_a_request_is_not_running() -> None:
         bench.arrive([1, 2, 3])
     bench.must_plan()
     view = bench.core.snapshot(1.0, True, True, 100)
-    assert [r.why_not_running for r in view.requests] == [
+    assert [r["why_not_running"] for r in view.requests] == [
         "",
         "it needs 1 slots, 0 are free",
         "1 requests are ahead of it in the queue of w",
     ]
     bench.apply(WorkerLost("w"))
     view = bench.core.snapshot(1.0, True, True, 100)
-    assert {r.why_not_running for r in view.requests} == {"no worker is attached"}
+    assert {r["why_not_running"] for r in view.requests} == {"no worker is attached"}

@@ -94,7 +94,7 @@ class Bench:
 
     def state(self, key: int) -> int:
         taken = self.core.snapshot(0.0, True, False, 100)
-        return next(r.state for r in taken.requests if r.request_id == str(key))
+        return next(r["state"] for r in taken.requests if r["request_id"] == str(key))
 
 
 def swaps_out(plan: Plan) -> bool:
