@@ -5,10 +5,12 @@ Columns are copied whole (`extend` and slices run in C); nothing here loops over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, pairwise
 from operator import ge
 from typing import Any
+
+import msgspec
 
 from pagoda.internal.v1 import worker_pb2 as wire
 from pagoda.v1 import scheduler_pb2 as pb
@@ -36,9 +38,11 @@ ROW_OPTIONS = (
     "num_prompt_logprobs",
     "grammar",
 )
-_NO_COLUMNS = ("worker", "epoch", "step_id", "num_iterations", "new_rows")
+# Columns that messages and the core name alike.
+_NO_COLUMNS = {"worker", "epoch", "step_id", "num_iterations", "new_rows"}
+_NO_COLUMNS |= {"logprobs", "ended", "prompts", "candidates"}
 PLAN_COLUMNS = tuple(name for name in Plan.__struct_fields__ if name not in _NO_COLUMNS)
-
+OUTPUT_COLUMNS = tuple(name for name in SessionOutput.__struct_fields__ if name not in _NO_COLUMNS)
 
 _ROW_ENDS = frozenset(int(end) for end in RowEnd)
 
@@ -57,13 +61,17 @@ def encode_step(plan: Plan) -> bytes:
     step.epoch = plan.epoch
     step.step_id = plan.step_id
     step.num_iterations = plan.num_iterations
-    for name in PLAN_COLUMNS:
-        column = getattr(plan, name)
-        if column:
-            getattr(step, name).extend(column)
+    _extend(step, PLAN_COLUMNS, plan)
     for row in plan.new_rows:
         _fill_row(step.new_rows.add(), row)
     return message.SerializeToString()
+
+
+def _extend(message: Any, names: Iterable[str], values: Plan | SessionOutput) -> None:
+    """Put columns into an empty message; most are empty."""
+    for name in names:
+        if column := getattr(values, name):
+            getattr(message, name).extend(column)
 
 
 def encode_vocabulary(vocabulary: pb.Vocabulary) -> bytes:
@@ -220,22 +228,9 @@ def encode_output(
 
 def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
     """Put `output` into an empty message."""
-    columns.handles.extend(output.handles)
-    columns.tokens.extend(output.tokens)
-    if output.indexes:
-        columns.indexes.extend(output.indexes)
-    if output.num_tokens:
-        columns.num_tokens.extend(output.num_tokens)
-    if output.ended_rows:
-        columns.ended_rows.extend(output.ended_rows)
-        reasons: Any = output.ended_reasons
-        columns.ended_reasons.extend(reasons)
-    if output.logprob_rows:
-        columns.logprob_rows.extend(output.logprob_rows)
-        for entry in output.logprobs:
-            fill_logprob(columns.logprobs.add(), entry)
-    columns.score_rows.extend(output.score_rows)
-    columns.scores.extend(output.scores)
+    _extend(columns, OUTPUT_COLUMNS, output)
+    for entry in output.logprobs:
+        fill_logprob(columns.logprobs.add(), entry)
     for asked in output.candidates:
         columns.candidates.add(
             handle=asked.handle, step=asked.step, parents=asked.parents, token_ids=asked.token_ids
@@ -262,16 +257,13 @@ def fill_usage(message: pb.Usage, end: RequestEnd) -> None:
     message.completion_tokens = end.completion_tokens
 
 
-class _Row:
+class _Row(msgspec.Struct):
     """What several outputs brought one sample."""
 
-    __slots__ = ("logprobs", "reason", "score", "tokens")
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.reason: int | None = None
-        self.logprobs: list[LogprobEntry] | None = None
-        self.score: float | None = None
+    tokens: list[int] = []
+    reason: int | None = None
+    score: float | None = None
+    logprobs: list[LogprobEntry] | None = None
 
 
 def merge_outputs(outputs: Sequence[SessionOutput]) -> SessionOutput:
@@ -314,10 +306,8 @@ def split_rows(output: SessionOutput) -> list[tuple[tuple[int, int], _Row]]:
     rows = []
     token = entry = 0
     for i, handle in enumerate(output.handles):
-        row = _Row()
         count = output.num_tokens[i] if output.num_tokens else 1
-        row.tokens = output.tokens[token : token + count]
-        row.reason, row.score = reasons.get(i), scores.get(i)
+        row = _Row(output.tokens[token : token + count], reasons.get(i), scores.get(i))
         if i in with_logprobs:
             row.logprobs = output.logprobs[entry : entry + count]
             entry += count

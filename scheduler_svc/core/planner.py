@@ -57,9 +57,7 @@ class _Step:
         self.decodes = decodes
         self.budget = budget
         step_id = worker.next_step
-        self.plan = Plan(
-            worker.name, worker.epoch, step_id, 1, [], [], [], [], [], [], [], [], [], decodes.tolist(), []
-        )
+        self.plan = Plan(worker.name, worker.epoch, step_id, 1, slots=decodes.tolist())
         self.flight = Flight(step_id, 1, [])
         self.chunks: list[Sequence] = []
         sequences = worker.rows.sequences

@@ -360,7 +360,7 @@ class Scheduler:
     def _session(self, session: int) -> SessionOutput:
         out = self._outputs.sessions.get(session)
         if out is None:
-            out = self._outputs.sessions[session] = SessionOutput([], [], [], [], [], [], [], [], [])
+            out = self._outputs.sessions[session] = SessionOutput()
         return out
 
     def check_integrity(self) -> None:
