@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -12,6 +13,7 @@ STEP_BUCKETS = (
     *(0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
 )
+_Kind = TypeVar("_Kind", Counter, Gauge, Histogram)
 LABELS = ("model_name", "engine")
 
 
@@ -21,7 +23,11 @@ class WorkerMetrics:
     def __init__(self, model_name: str, group_name: str) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        labels = (model_name, group_name)
+
+        def made(kind: type[_Kind], name: str, text: str, **options: Any) -> _Kind:
+            metric = kind(f"pagoda:worker_{name}", text, LABELS, registry=self.registry, **options)
+            return metric.labels(model_name, group_name)
+
         step = Histogram(
             "pagoda:worker_step_seconds",
             "Time of a step: stage (check and pack), device (diffs, forward, sampling), output (report).",
@@ -29,37 +35,21 @@ class WorkerMetrics:
             buckets=STEP_BUCKETS,
             registry=self.registry,
         )
-        self._parts = [step.labels(*labels, part) for part in ("stage", "device", "output")]
-        self._idle = Histogram(
-            "pagoda:worker_idle_seconds",
-            "Time between the end of a step and the start of the next; 0 when that was waiting already.",
-            LABELS,
-            buckets=(0, *STEP_BUCKETS),
-            registry=self.registry,
-        ).labels(*labels)
-        self._steps = self._counter("pagoda:worker_steps", "Steps done.", labels)
-        self._tokens = self._counter("pagoda:worker_generated_tokens", "Tokens drawn.", labels)
-        self._sessions = self._counter("pagoda:worker_sessions", "Sessions with a scheduler, begun.", labels)
-        self._failures = self._counter("pagoda:worker_failures", "Steps that could not be run.", labels)
-        self._gauge(
-            "pagoda:worker_heartbeat_age_seconds", "Time since something was sent to the scheduler.", labels
-        ).set_function(lambda: time.monotonic() - self._last_sent)
-        self._gauge(
-            "pagoda:worker_last_step_age_seconds", "Time since the last step was done.", labels
-        ).set_function(lambda: time.monotonic() - self._last_step)
-        self._epoch = self._gauge("pagoda:worker_epoch", "The session's epoch, 0 without one.", labels)
-        self._graphs = self._gauge(
-            "pagoda:worker_graphs_pending",
-            "Graphs that are still to be captured when nothing else is to do.",
-            labels,
-        )
+        self._parts = [step.labels(model_name, group_name, part) for part in ("stage", "device", "output")]
+        text = "Time between the end of a step and the start of the next; 0 when that was waiting already."
+        self._idle = made(Histogram, "idle_seconds", text, buckets=(0, *STEP_BUCKETS))
+        self._steps = made(Counter, "steps", "Steps done.")
+        self._tokens = made(Counter, "generated_tokens", "Tokens drawn.")
+        self._sessions = made(Counter, "sessions", "Sessions with a scheduler, begun.")
+        self._failures = made(Counter, "failures", "Steps that could not be run.")
+        sent = made(Gauge, "heartbeat_age_seconds", "Time since something was sent to the scheduler.")
+        sent.set_function(lambda: time.monotonic() - self._last_sent)
+        done = made(Gauge, "last_step_age_seconds", "Time since the last step was done.")
+        done.set_function(lambda: time.monotonic() - self._last_step)
+        self._epoch = made(Gauge, "epoch", "The session's epoch, 0 without one.")
+        text = "Graphs that are still to be captured when nothing else is to do."
+        self._graphs = made(Gauge, "graphs_pending", text)
         self._last_sent = self._last_step = time.monotonic()
-
-    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
-        return Counter(name, text, LABELS, registry=self.registry).labels(*labels)
-
-    def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
-        return Gauge(name, text, LABELS, registry=self.registry).labels(*labels)
 
     def serve(self, port: int) -> None:
         """Serve /metrics on the loopback address, from a thread of its own.
