@@ -32,10 +32,6 @@ class RowColumns:
     """In the order of `kernels.rows.INTEGERS`."""
     floats: tuple[float, ...]
     """In the order of `kernels.rows.FLOATS`."""
-    seed: int
-    stop_ids: list[int]
-    bias_ids: list[int]
-    bias_values: list[float]
     traits: int
     num_logprobs: int
 
@@ -70,10 +66,6 @@ def row_columns(sampling: worker_pb2.RowSampling) -> RowColumns:
     return RowColumns(
         integers=(s.top_k, s.min_tokens, num_logprobs),
         floats=(s.temperature, top_p, s.min_p, s.presence_penalty, s.frequency_penalty, repetition),
-        seed=s.seed,
-        stop_ids=list(s.stop_token_ids),
-        bias_ids=list(s.bias_token_ids),
-        bias_values=list(s.bias_values),
         traits=traits,
         num_logprobs=num_logprobs,
     )

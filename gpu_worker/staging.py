@@ -21,7 +21,7 @@ from gpu_worker.beams import Beams, moves, searches
 from gpu_worker.buffers import Staging
 from gpu_worker.host_rows import HostRows, StepError
 from gpu_worker.prompt_logprobs import Wanted, wanted
-from gpu_worker.sampler import MAX_BIAS, RowColumns, Trait, features_of, row_columns
+from gpu_worker.sampler import MAX_BIAS, Trait, features_of, row_columns
 from kernels.attention import make_tiles
 from kernels.rows import RECORD, RECORD_WORDS, Changes
 from kernels.sample import Features
@@ -187,10 +187,10 @@ class Stager:
     ) -> tuple[dict[str, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
         """Pack a record and the numbers of each row; their part of `Changes`, and the biases that change."""
         host, staging = self._rows, self._staging
-        slots, columns, longest = [], [], 0
+        longest = 0
         records = staging.reserve(len(rows) * RECORD_WORDS)
         for i, row in enumerate(rows):
-            slot = row.slot
+            slot, stops = row.slot, row.sampling.stop_token_ids
             tokens: Sequence[int] = row.tokens
             blocks: Sequence[int] = row.blocks
             if slot >= self._limits.max_slots or host.used[slot]:
@@ -201,7 +201,7 @@ class Stager:
                 raise StepError(f"new row in slot {slot}: {error}") from error
             host.used[slot] = True
             host.traits[slot], host.num_logprobs[slot] = column.traits, column.num_logprobs
-            host.num_stops[slot] = len(column.stop_ids)
+            host.num_stops[slot] = len(stops)
             asks = row.sampling.HasField("num_prompt_logprobs") and not row.HasField("parent_slot")
             host.told_until[slot] = row.num_prompt_tokens - 1 if asks else 0
             host.num_prompt_top[slot] = row.sampling.num_prompt_logprobs
@@ -211,31 +211,29 @@ class Stager:
                 self._check_new_row(row)
                 host.num_tokens[slot], host.num_computed[slot] = len(tokens), row.num_computed
                 host.num_blocks[slot] = len(blocks)
-            place = staging.write(column.stop_ids, tokens, blocks)
+            place = staging.write(stops, tokens, blocks)
             RECORD.pack_into(
                 staging.array.data, 4 * (records + i * RECORD_WORDS),
-                slot, place, len(column.stop_ids), len(blocks), column.seed,
+                slot, place, len(stops), len(blocks), row.sampling.seed,
                 len(tokens), row.num_prompt_tokens, row.num_computed, row.last_position,
                 *column.integers, *column.floats,
             )  # fmt: skip
             longest = max(longest, len(tokens))
-            slots.append(slot)
-            columns.append(column)
-        return {"records": records, "num_rows": len(rows), "longest": longest}, self._biases(slots, columns)
+        return {"records": records, "num_rows": len(rows), "longest": longest}, self._biases(rows)
 
     def _biases(
-        self, slots: list[int], columns: list[RowColumns]
+        self, rows: Sequence[worker_pb2.NewRow]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Biases are rare and wide: only rows that have them, or follow one that had, write them."""
         biased = self._rows.biased
-        changed = [(s, c) for s, c in zip(slots, columns, strict=True) if biased[s] or c.traits & Trait.BIAS]
+        changed = [(r.slot, r.sampling) for r in rows if biased[r.slot] or r.sampling.bias_token_ids]
         if not changed:
             return None
         ids = np.full((len(changed), MAX_BIAS), -1, dtype=np.int32)
         values = np.zeros((len(changed), MAX_BIAS), dtype=np.float32)
-        for i, (slot, column) in enumerate(changed):
-            count = len(column.bias_ids)
-            ids[i, :count], values[i, :count] = column.bias_ids, column.bias_values
+        for i, (slot, sampling) in enumerate(changed):
+            count = len(sampling.bias_token_ids)
+            ids[i, :count], values[i, :count] = sampling.bias_token_ids, sampling.bias_values
             biased[slot] = count > 0
         matrix = self._staging.put_matrix
         return self._staging.put_long([slot for slot, _ in changed]), matrix(ids), matrix(values)
