@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +42,9 @@ def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepRe
         result.beam_scores.extend(scores.view(np.float32).tolist())
     if outputs.alternatives is not None:
         wanted, top_ids, top_logprobs = outputs.alternatives
-        asked = [num_top for num_top in wanted if num_top >= 0]
-        rows = np.array(wanted) >= 0
-        _add_tops(result.beam_logprobs, asked, top_ids.cpu().numpy()[rows], top_logprobs.cpu().numpy()[rows])
+        asked, none = np.array(wanted), np.empty(0)
+        tops = (part.cpu().numpy()[asked >= 0] for part in (top_ids, top_logprobs))
+        _add(result.beam_logprobs, asked[asked >= 0], none, none, *tops)
     if outputs.drawn is None:
         return result
     values = outputs.drawn.numpy()
@@ -67,37 +67,30 @@ def collect(epoch: int, step_id: int, outputs: StepOutputs) -> worker_pb2.StepRe
 
 def _add_logprobs(columns: worker_pb2.LogprobColumns, outputs: StepOutputs, taken: np.ndarray) -> None:
     """One entry for each token of the rows that asked, row by row as the tokens stand in the result."""
-    iterations = [
-        (p.token_logprob.tolist(), p.rank.tolist(), p.top_ids.tolist(), p.top_logprobs.tolist())
-        for p in outputs.logprobs
-    ]
-    for row, wanted in enumerate(outputs.num_logprobs):
-        if wanted < 0:
-            continue
-        for (logprob, rank, ids, values), is_taken in zip(iterations, taken[:, row].tolist(), strict=True):
-            if is_taken:
-                columns.token_logprobs.append(logprob[row])
-                columns.ranks.append(rank[row])
-                columns.top_ids.extend(ids[row][:wanted])
-                columns.top_logprobs.extend(values[row][:wanted])
-                columns.num_top.append(len(ids[row][:wanted]))
+    wanted = np.array(outputs.num_logprobs)
+    told = (taken & (wanted >= 0)).T
+    if not told.any():
+        return
+    parts = zip(*(vars(logprobs).values() for logprobs in outputs.logprobs), strict=True)
+    by_row = (np.stack([x[: len(wanted)].cpu().numpy() for x in part], axis=1) for part in parts)
+    _add(columns, np.repeat(wanted, told.sum(axis=1)), *(part[told] for part in by_row))
 
 
 def _add_prompts(result: worker_pb2.StepResult, wanted: Wanted, logprobs: SampledLogprobs) -> None:
     """One entry for each token that was to be reported on, row by row."""
     result.prompt_rows.extend(wanted.rows)
     result.num_prompt_logprobs.extend(wanted.counts)
-    columns = result.prompt_logprobs
-    columns.token_logprobs.extend(logprobs.token_logprob.tolist())
-    columns.ranks.extend(logprobs.rank.tolist())
     asked = np.repeat(wanted.num_top, wanted.counts)
-    _add_tops(columns, asked, logprobs.top_ids.cpu().numpy(), logprobs.top_logprobs.cpu().numpy())
+    _add(result.prompt_logprobs, asked, *(part.cpu().numpy() for part in vars(logprobs).values()))
 
 
-def _add_tops(
-    columns: worker_pb2.LogprobColumns, asked: Sequence[int] | np.ndarray, ids: np.ndarray, values: np.ndarray
-) -> None:
-    """Of each row's best tokens, as many as it asked for."""
+def _add(
+    columns: worker_pb2.LogprobColumns, asked: np.ndarray, chosen: np.ndarray, ranks: np.ndarray,
+    ids: np.ndarray, values: np.ndarray,
+) -> None:  # fmt: skip
+    """Logprobs and ranks of tokens, and of each one's best tokens as many as were asked for."""
+    columns.token_logprobs.extend(chosen.tolist())
+    columns.ranks.extend(ranks.tolist())
     num_top = np.minimum(asked, ids.shape[1])
     taken = np.arange(ids.shape[1]) < num_top[:, None]
     columns.num_top.extend(num_top.tolist())
