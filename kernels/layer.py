@@ -235,13 +235,10 @@ def forward_reference(
         part = ranks.part(place, x.shape[0], packed.out_features, packed.out_dtype)
         return ranks.summed(place, product(x, packed, part))
 
-    delta: torch.Tensor | None = None
+    delta, residual = hidden, None
     for layer in layers:
         _, num_kv_heads, _, dim = layer.value_cache.shape
-        if delta is None:
-            normed = rms_norm(hidden, layer.input_norm, layer.eps)
-        else:
-            normed = rms_norm(delta, layer.input_norm, layer.eps, hidden)
+        normed, residual = rms_norm(delta, layer.input_norm, layer.eps, residual), hidden
         qkv = linear(normed, layer.qkv).unflatten(1, (-1, dim))
         q, k, v = qkv.split([layer.num_heads, num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None:
@@ -258,5 +255,4 @@ def forward_reference(
         projected = over_ranks(Place.ATTENDED, linear, attended.flatten(1), layer.o)
         normed = rms_norm(projected, layer.post_norm, layer.eps, hidden)
         delta = over_ranks(Place.FED, silu_and_mul_linear, linear(normed, layer.gate_up), layer.down)
-    assert delta is not None, "a stack has at least one layer"
     return delta
