@@ -132,6 +132,8 @@ class Service:
             prefix_cache=self._settings.prefix_cache,
             counters=dataclasses.asdict(stats)
             | {
+                "prefix_cache_queries": stats.prompt_tokens,
+                "prefix_cache_hits": stats.prompt_tokens_cached,
                 "recompute_seconds": stats.recompute_us / 1e6,
                 "swap_seconds": stats.swap_us / 1e6,
                 "requests_cancelled": stats.finished.get("cancelled", 0),

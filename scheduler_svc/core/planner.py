@@ -346,8 +346,6 @@ class _Step:
             group.cached_tokens = min(len(hits) * worker.block_size, group.num_prompt)
             stats.prompt_tokens += group.num_prompt
             stats.prompt_tokens_cached += group.cached_tokens
-            stats.prefix_cache_queries += group.num_prompt
-            stats.prefix_cache_hits += group.cached_tokens
         self._start(leader, hits)
 
     def _swap_in(self, group: Group) -> None:

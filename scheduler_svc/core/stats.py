@@ -17,10 +17,8 @@ class Stats:
     swap_us: int = 0  # device time of all swaps
     recomputed_tokens: int = 0  # whose KV had been computed before
     recompute_us: float = 0.0  # device time of that, by the rate of long steps
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    prompt_tokens: int = 0
-    prompt_tokens_cached: int = 0
+    prompt_tokens: int = 0  # looked up in the prefix cache
+    prompt_tokens_cached: int = 0  # found there
     generation_tokens: int = 0
     replayed_requests: int = 0
     replayed_tokens: int = 0  # output that survived a worker's death
