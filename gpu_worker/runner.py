@@ -120,15 +120,21 @@ class Runner:
             part = Part.MASKED if batch.constrained else Part.WHOLE
         self.grammars.begin(batch.constrained)
         graphs = self.graphs if batch.forks is None and batch.prompts is None else None
-        if graphs is not None and graphs.takes(batch, part):
-            self._replay(graphs, batch, part, outputs)
-        else:
-            inputs = unpack(batch.block, batch.shape, self._rows.iota)
-            drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
+        if graphs is not None and not graphs.takes(batch, part):
+            graphs = None
+        drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
+        if graphs is not None and part is not Part.LOGITS:
+            graphs.replay(batch, part)
+        else:  # a graph is cut before sampling where rows use more than one knows how to draw
+            inputs = graphs.load(batch) if graphs else unpack(batch.block, batch.shape, self._rows.iota)
             for i in range(batch.num_iterations):
-                self._iterate(i, inputs, batch, drawn, outputs)
-        if batch.num_logprobs:  # else there are only chunks that end before their prompts do
-            drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
+                if graphs is None:
+                    logits = self._advance(inputs, batch, outputs)
+                else:
+                    logits = graphs.replay_logits(batch.shape)
+                if logits is not None and batch.draws:
+                    self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
+        if batch.num_logprobs:
             outputs.drawn = self._leave(drawn)[:, :, : len(batch.num_logprobs)]
         return outputs
 
@@ -143,9 +149,8 @@ class Runner:
             return drawn.clone()
         return target[: drawn.numel()].view(drawn.shape).copy_(drawn, non_blocking=True)
 
-    def _iterate(
-        self, i: int, inputs: Inputs, batch: Batch, drawn: torch.Tensor, outputs: StepOutputs
-    ) -> None:
+    def _advance(self, inputs: Inputs, batch: Batch, outputs: StepOutputs) -> torch.Tensor | None:
+        """An iteration outside any graph, up to its logits; None where nobody draws from them."""
         if batch.prompts is None:
             hidden = self._forward(inputs, batch.table_width)
         else:
@@ -154,20 +159,7 @@ class Runner:
             outputs.prompts = batch.prompts, logprobs
         if batch.forks is not None:
             fork(self._rows.state, *batch.forks)
-        if batch.num_logprobs or batch.beams is not None:
-            self._draw_as_asked(i, self._model.logits(*hidden), inputs, batch, drawn, outputs)
-
-    def _replay(self, graphs: Graphs, batch: Batch, part: Part, outputs: StepOutputs) -> None:
-        """The same through a graph, cut before sampling where rows use more than one knows how to draw."""
-        if part is not Part.LOGITS:
-            graphs.replay(batch, part)
-            return
-        inputs = graphs.load(batch)
-        drawn = self._drawn_view(batch.num_drawing, batch.num_iterations)
-        for i in range(batch.num_iterations):
-            logits = graphs.replay_logits(batch.shape)
-            if batch.num_logprobs or batch.beams is not None:
-                self._draw_as_asked(i, logits, inputs, batch, drawn, outputs)
+        return self._model.logits(*hidden) if batch.draws else None
 
     def _forward(self, inputs: Inputs, table_width: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._model.forward(*self._rows.gather(inputs, self._model.rotations, table_width))

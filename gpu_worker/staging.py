@@ -98,6 +98,11 @@ class Batch:
     """Beside beams, the rows that sample: places among the logits, and slots, int64[R]."""
 
     @property
+    def draws(self) -> bool:
+        """Whether logits are wanted: else there are only chunks that end before their prompts do."""
+        return bool(self.num_logprobs) or self.beams is not None
+
+    @property
     def num_drawing(self) -> int:
         """Rows that draw, padding included."""
         return self.shape.samples if self.drawing is None else len(self.num_logprobs)
