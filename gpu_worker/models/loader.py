@@ -169,8 +169,7 @@ class StoredWeights:
         if self._left:
             name, stored = next(iter(self._left.items()))
             more = f" (and {len(self._left) - 1} more)" if len(self._left) > 1 else ""
-            self._give_up()
-            raise ModelError(f"{stored.file}: tensor {name} has no place in this architecture{more}")
+            raise self._wrong(f"{stored.file}: tensor {name} has no place in this architecture{more}")
         if self._streamer is not None:
             try:
                 self._streamer.finish()
@@ -181,24 +180,23 @@ class StoredWeights:
         stored, part = self._left.pop(name, None), self._part(name)
         shape = part.whole_shape(shape) if part else shape
         if stored is None:
-            self._give_up()
-            raise ModelError(f"{self._where}: tensor {name} is missing")
+            raise self._wrong(f"{self._where}: tensor {name} is missing")
         if stored.shape != shape:
-            self._give_up()
-            raise ModelError(
+            raise self._wrong(
                 f"{stored.file}: tensor {name} has shape {list(stored.shape)}, "
                 f"the config asks for {list(shape)}"
             )
         return stored.cut(part)
 
     def _unreadable(self, file: Path, name: str, error: Exception) -> ModelError:
-        self._give_up()
-        return ModelError(f"{file}: tensor {name} cannot be read: {error}")
+        return self._wrong(f"{file}: tensor {name} cannot be read: {error}")
 
-    def _give_up(self) -> None:
+    def _wrong(self, text: str) -> ModelError:
+        """Gives up what has not come yet."""
         if self._streamer is not None:
             self._streamer.abandon()
             self._streamer = None
+        return ModelError(text)
 
 
 class DummyWeights:
@@ -232,14 +230,12 @@ class DummyWeights:
             out.copy_(part.cut(drawn))
 
     def _draw(self, name: str, out: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator(out.device).manual_seed(self._seed_of(name))
+        seed = zlib.crc32(f"{self._seed} {name}".encode())
+        generator = torch.Generator(out.device).manual_seed(seed)
         return out.normal_(0.0, self._std, generator=generator)
 
     def finish(self) -> None:
         """Nothing can be left over."""
-
-    def _seed_of(self, name: str) -> int:
-        return zlib.crc32(f"{self._seed} {name}".encode())
 
 
 @dataclass(frozen=True)
@@ -290,38 +286,31 @@ def open_model(
             raise ModelError(f"{path}: not a native model, and transformers is missing: {error}") from error
         return backend.open_model(path, load_format, seed, dtype)
     if path.is_dir():
-        config, vocab_size = read_config(path), None
-        vocab_size = min(config.vocab_size, tokenizer_vocab_size(path) or config.vocab_size)
+        config = read_config(path)
+        vocab_size = tokenizer_vocab_size(path) or config.vocab_size
         files = safetensors_files(path) if load_format == "auto" else []
-        digest = model_digest(config, files)
+        tensors = safetensors_index(files)
+        if config.family == "qwen":
+            from gpu_worker.models.qwen import llama_names
 
-        def weights(report: Report | None = None) -> WeightSource:
-            tensors = safetensors_index(files)
-            if config.family == "qwen":
-                from gpu_worker.models.qwen import llama_names
-
-                tensors = llama_names(tensors)
-            return StoredWeights(path, tensors, config.tie_embeddings, report)
-
+            tensors = llama_names(tensors)
     elif path.suffix == ".gguf":
         from gpu_worker.models.gguf import open_gguf  # costs 0.3 s, and only these files need it
 
         source = open_gguf(path)
-        config, vocab_size = source.config, min(source.config.vocab_size, source.vocab_size)
-        digest = model_digest(config, [path] if load_format == "auto" else [])
-
-        def weights(report: Report | None = None) -> WeightSource:
-            return StoredWeights(path, source.tensors, config.tie_embeddings, report)
-
+        config, vocab_size = source.config, source.vocab_size
+        files, tensors = [path] if load_format == "auto" else [], source.tensors
     else:
         raise ModelError(f"{path} is neither a folder nor a .gguf file")
-    if load_format == "dummy":
+    digest = model_digest(config, files)
 
-        def weights(report: Report | None = None) -> WeightSource:
+    def weights(report: Report | None = None) -> WeightSource:
+        if load_format == "dummy":
             return DummyWeights(config, seed)
+        return StoredWeights(path, tensors, config.tie_embeddings, report)
 
-        digest = f"dummy-{seed}-{digest}"
-    return ModelFiles(path, config, digest, vocab_size, weights)
+    digest = f"dummy-{seed}-{digest}" if load_format == "dummy" else digest
+    return ModelFiles(path, config, digest, min(config.vocab_size, vocab_size), weights)
 
 
 def safetensors_files(folder: Path) -> list[Path]:
