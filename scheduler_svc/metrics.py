@@ -102,7 +102,7 @@ class Metrics:
         self._last_progress = time.time()
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
-        self._histograms = [self._histogram(*row) for row in _HISTOGRAMS]
+        self._histograms = {row[0]: self._histogram(*row) for row in _HISTOGRAMS}
         text = "Where a step's time goes: plan, the part of the wire that is not hidden, gpu, output."
         self._step = self._histogram("step_seconds", text, _STEP, "part")
         self.set_model("")
@@ -113,13 +113,10 @@ class Metrics:
     def set_model(self, name: str) -> None:
         """Name the model in the labels. Children are bound here, so that no step looks up a label."""
         if name != self._model:
-            for histogram in (*self._histograms, self._step):
+            for histogram in (*self._histograms.values(), self._step):
                 histogram.clear()
         self._model = name
-        # In the order of _HISTOGRAMS.
-        bound = [histogram.labels(name, ENGINE).observe for histogram in self._histograms]
-        self._queue_time, self._prefill_time, self._decode_time, self._inference_time = bound[:4]
-        self._preemptions, self._iteration_tokens, self._idle = bound[4:]
+        self._observe = {h: each.labels(name, ENGINE).observe for h, each in self._histograms.items()}
         self._plan_part, self._wire_part, self._gpu_part, self._output_part = (
             self._step.labels(name, ENGINE, part).observe for part in ("plan", "wire", "gpu", "output")
         )
@@ -128,7 +125,7 @@ class Metrics:
 
     def planned(self, plan: Plan) -> None:
         """A step was planned."""
-        self._iteration_tokens(sum(plan.num_tokens) if plan.num_tokens else len(plan.slots))
+        self._observe["iteration_tokens_total"](sum(plan.num_tokens) if plan.num_tokens else len(plan.slots))
 
     def turn(self, plan_s: float, output_s: float) -> None:
         """The engine made a turn: time until the plans were out, and then until the outputs were."""
@@ -139,7 +136,7 @@ class Metrics:
         """A worker answered a step."""
         self._wire_part(wire_s)
         self._gpu_part(gpu_s)
-        self._idle(idle_s)
+        self._observe["device_idle_seconds"](idle_s)
 
     def progress(self) -> None:
         """A result was applied."""
@@ -151,16 +148,16 @@ class Metrics:
 
     def request_ended(self, end: RequestEnd) -> None:
         """A request is over."""
-        self._preemptions(end.num_preemptions)
+        self._observe["request_num_preemptions"](end.num_preemptions)
         if end.first_scheduled is None:
             return
-        self._queue_time(end.first_scheduled - end.arrived)
+        self._observe["request_queue_time_seconds"](end.first_scheduled - end.arrived)
         if end.first_token is None:
             return
-        self._prefill_time(end.first_token - end.first_scheduled)
+        self._observe["request_prefill_time_seconds"](end.first_token - end.first_scheduled)
         last = end.ended if end.last_token is None else end.last_token
-        self._decode_time(last - end.first_token)
-        self._inference_time(last - end.first_scheduled)
+        self._observe["request_decode_time_seconds"](last - end.first_token)
+        self._observe["request_inference_time_seconds"](last - end.first_scheduled)
 
     # ------------------------------------------------------------------------- when they are read
 
