@@ -242,8 +242,7 @@ class Grammars:
         if row.matcher is not None:
             try:
                 row.matcher.consume_token(token)
-                row.matcher.unsafe_compute_mask_ptr(self._address + row.mask * self._size, self._size)
-                _check(row.matcher)
+                _fill_mask(row.matcher, self._address + row.mask * self._size, self._size)
             except Exception as error:
                 self._failed(row, error)
         self._num_tokens[row.mask] = row.num_tokens
@@ -269,12 +268,12 @@ def _started(compiled: Future[LLMatcher], output: list[int], num_words: int) -> 
     matcher = compiled.result().deep_copy()
     matcher.consume_tokens(output)
     bits = np.zeros(num_words, np.int32)
-    matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-    _check(matcher)
+    _fill_mask(matcher, bits.ctypes.data, bits.nbytes)
     return matcher, bits
 
 
-def _check(matcher: LLMatcher) -> None:
-    """llguidance lets a matcher that failed end as if it were done."""
+def _fill_mask(matcher: LLMatcher, address: int, size: int) -> None:
+    """Raises ValueError for a matcher that failed: llguidance lets it end as if it were done."""
+    matcher.unsafe_compute_mask_ptr(address, size)
     if matcher.is_error():
         raise ValueError(matcher.get_error())

@@ -27,7 +27,6 @@ from gpu_worker.parallel import Group
 from gpu_worker.runner import Runner
 from gpu_worker.slots import Rows
 from gpu_worker.staging import Limits
-from kernels.ranks import Ranks
 
 LONGEST_DEFAULT = 32_768
 NUM_BUFFERS = 9  # of staging and results: one more than steps may be in flight
@@ -87,8 +86,7 @@ def place_on_cpu(
     swapped = _host_memory(settings, limits, config, size, device)
     limits = replace(limits, num_blocks=num_blocks, num_host_blocks=swapped.shape[1])
     cache = KVCache(config, num_blocks, limits.block_size, dtype, device)
-    ranks = _ranks(files, dtype, limits, group)
-    model, rows = _model(files, cache, dtype, device, limits, log, ranks), Rows(limits, device)
+    model, rows = _model(files, cache, dtype, device, limits, log, group), Rows(limits, device)
     return limits, Runner(model, cache, rows, limits, NUM_BUFFERS, host=HostPool(cache, swapped))
 
 
@@ -112,7 +110,7 @@ def place_on_cuda(
     numbers = config, files.vocab_size, dtype, trial, 1 if group is None else group.size
     with _compiled_ahead(repr(numbers), trial, device, log) as rehearsal:
         cache = KVCache(config, 1, trial.block_size, dtype, device)
-        model = _model(files, cache, dtype, device, trial, log, _ranks(files, dtype, trial, group))
+        model = _model(files, cache, dtype, device, trial, log, group)
         rows = Rows(trial, device)
         runner = Runner(model, cache, rows, trial, NUM_BUFFERS)
         rehearsal(runner)
@@ -140,10 +138,6 @@ def place_on_cuda(
 def _local(files: ModelFiles, group: Group | None) -> ModelConfig:
     """The numbers of what this process holds."""
     return files.config if group is None else files.shard(group.rank, group.size).local
-
-
-def _ranks(files: ModelFiles, dtype: torch.dtype, limits: Limits, group: Group | None) -> Ranks | None:
-    return None if group is None else group.ranks(limits.max_batched_tokens, files.config.hidden_size, dtype)
 
 
 def _measure(
@@ -221,8 +215,11 @@ def _model(
     device: torch.device,
     limits: Limits,
     log: structlog.stdlib.BoundLogger,
-    ranks: Ranks | None,
+    group: Group | None,
 ) -> Decoder:
+    width = files.config.hidden_size
+    ranks = None if group is None else group.ranks(limits.max_batched_tokens, width, dtype)
+
     def progress(done: int, of: int) -> None:
         log.info("loading", done_gb=round(done / 1e9, 1), of_gb=round(of / 1e9, 1))
 

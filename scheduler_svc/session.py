@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -213,12 +213,8 @@ class SchedulerService:
             if message is END_OF_STREAM:
                 return
             kind = message.WhichOneof("message")
-            if kind == "submit":
-                wrong = _submit(outbox, message.submit)
-            elif kind == "stop":
-                wrong = _stop(outbox, message.stop)
-            elif kind == "verdicts":
-                wrong = _verdicts(outbox, message.verdicts)
+            if kind in _TAKEN:
+                wrong = _TAKEN[kind](outbox, getattr(message, kind))
             elif kind == "vocabulary":
                 self._engine.learn(encode_vocabulary(message.vocabulary))
                 wrong = ""
@@ -323,6 +319,9 @@ def _verdicts(outbox: Outbox, batch: pb.VerdictBatch) -> str:
     for handle, step, count in zip(batch.handles, batch.steps, batch.num_stopped, strict=True):
         outbox.verdict(handle, step, tuple(islice(stopped, count)))
     return ""
+
+
+_TAKEN: dict[str, Callable[[Outbox, Any], str]] = {"submit": _submit, "stop": _stop, "verdicts": _verdicts}
 
 
 def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensResponse]:
