@@ -27,17 +27,9 @@ from scheduler_svc.core.events import (
 )
 from scheduler_svc.core.worker import Flight
 
-ROW_OPTIONS = (
-    "top_k",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "num_logprobs",
-    "num_prompt_logprobs",
-    "grammar",
-)
+# What of a `Sampling` may be off, and is the workers' concern.
+_ON_WIRE = wire.RowSampling.DESCRIPTOR.fields_by_name
+ROW_OPTIONS = tuple(name for name in _ON_WIRE if getattr(Sampling(), name, 0) is None)
 # Columns that messages and the core name alike.
 _NO_COLUMNS = {"worker", "epoch", "step_id", "num_iterations", "new_rows"}
 _NO_COLUMNS |= {"logprobs", "ended", "prompts", "candidates"}

@@ -58,8 +58,7 @@ def check_request(
         )
     params = request.sampling
     n = params.n if params.HasField("n") else 1
-    if not 1 <= n <= max_slots:
-        raise InvalidRequest("sampling.n", f"is {n}; must be from 1 to {max_slots}")
+    _check_range("sampling.n", n, 1, max_slots)
     width = _beam_width(params, n, max_slots)
     max_tokens = _max_tokens(params, len(prompt), width or n, model.max_model_len, refusal)
     return RequestArrived(
@@ -85,9 +84,7 @@ def _beam_width(params: pb.SamplingParams, n: int, max_slots: int) -> int | None
                 raise InvalidRequest(f"sampling.{field.name}", "is for beam searches: it needs beam_width")
         return None
     width = params.beam_width
-    if not 1 <= width <= min(MAX_BEAM_WIDTH, max_slots):
-        most = min(MAX_BEAM_WIDTH, max_slots)
-        raise InvalidRequest("sampling.beam_width", f"is {width}; must be from 1 to {most}")
+    _check_range("sampling.beam_width", width, 1, min(MAX_BEAM_WIDTH, max_slots))
     if n > width:
         raise InvalidRequest("sampling.n", f"is {n}; a search returns at most the {width} of beam_width")
     if params.grammar:
@@ -95,6 +92,11 @@ def _beam_width(params: pb.SamplingParams, n: int, max_slots: int) -> int | None
     if params.early_stopping not in (0, *EarlyStopping):
         raise InvalidRequest("sampling.early_stopping", f"is {params.early_stopping}, which is no way to end")
     return width
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidRequest(field, f"is {value}; must be from {low} to {high}")
 
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -195,8 +197,7 @@ def _num_logprobs(params: pb.SamplingParams, name: Literal["logprobs", "prompt_l
     if not params.HasField(name):
         return None
     number: int = getattr(params, name)
-    if number > MAX_LOGPROBS:
-        raise InvalidRequest(f"sampling.{name}", f"is {number}; must be from 0 to {MAX_LOGPROBS}")
+    _check_range(f"sampling.{name}", number, 0, MAX_LOGPROBS)
     return number
 
 

@@ -85,10 +85,8 @@ def sample(
     )  # fmt: skip
     if (logprobs := sampled.logprobs) is not None:
         args.max_logprobs = logprobs.top_ids.shape[1]
-        args.token_logprob = logprobs.token_logprob.data_ptr()
-        args.rank = logprobs.rank.data_ptr()
-        args.top_ids = logprobs.top_ids.data_ptr()
-        args.top_logprobs = logprobs.top_logprobs.data_ptr()
+        for name, column in vars(logprobs).items():
+            setattr(args, name, column.data_ptr())
     lib = library()
     assert lib is not None
     if lib.pagoda_sample(ctypes.byref(args)):
