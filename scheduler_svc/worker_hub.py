@@ -44,22 +44,17 @@ class Rank:
         self.stream = StreamCut()
         self.heard = time.monotonic()
         self.next_result = 0
-        self._outbox: deque[bytes] = deque()
-        self._wake = asyncio.Event()
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
 
     def post(self, message: bytes) -> bool:
         """Queue a message; False when the rank is too far behind."""
-        self._outbox.append(message)
-        self._wake.set()
-        return len(self._outbox) <= MAX_OUTBOX
+        self._outbox.put_nowait(message)
+        return self._outbox.qsize() <= MAX_OUTBOX
 
     async def write(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Send what is queued, for ever."""
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._outbox:
-                await context.write(self._outbox.popleft())
+            await context.write(await self._outbox.get())
 
 
 class Group:
