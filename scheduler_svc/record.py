@@ -95,8 +95,7 @@ class Recorder:
         except OSError as error:
             os.close(descriptor)
             raise OSError(f"--record: cannot write {path}: {error.strerror}") from error
-        self._file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=0)
-        self._buffer = bytearray()
+        self._file: IO[bytes] = os.fdopen(descriptor, "wb", buffering=FLUSH_BYTES)
         self._encoder = msgspec.msgpack.Encoder()
         self._write(Header(FORMAT_VERSION, config))
         self.flush()
@@ -111,21 +110,15 @@ class Recorder:
 
     def _write(self, frame: Frame) -> None:
         encoded = self._encoder.encode(frame)
-        self._buffer += FRAME_HEAD.pack(len(encoded), zlib.crc32(encoded))
-        self._buffer += encoded
-        if len(self._buffer) >= FLUSH_BYTES:
-            self.flush()
+        self._file.write(FRAME_HEAD.pack(len(encoded), zlib.crc32(encoded)))
+        self._file.write(encoded)
 
     def flush(self) -> None:
         """Hand what is buffered to the file."""
-        view = memoryview(bytes(self._buffer))
-        self._buffer.clear()
-        while view:
-            view = view[self._file.write(view) :]
+        self._file.flush()
 
     def close(self) -> None:
         """Flush and close the file."""
-        self.flush()
         self._file.close()
 
 
