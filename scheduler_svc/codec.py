@@ -221,8 +221,7 @@ def encode_output(
 def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
     """Put `output` into an empty message."""
     _extend(columns, OUTPUT_COLUMNS, output)
-    for entry in output.logprobs:
-        fill_logprob(columns.logprobs.add(), entry)
+    add_logprobs(columns.logprobs, output.logprobs)
     for asked in output.candidates:
         columns.candidates.add(
             handle=asked.handle, step=asked.step, parents=asked.parents, token_ids=asked.token_ids
@@ -230,16 +229,15 @@ def fill_columns(columns: pb.OutputColumns, output: SessionOutput) -> None:
     for part in output.prompts:
         columns.prompt_handles.append(part.of)
         columns.num_prompt_logprobs.append(len(part.entries))
-        for entry in part.entries:
-            fill_logprob(columns.prompt_logprobs.add(), entry)
+        add_logprobs(columns.prompt_logprobs, part.entries)
 
 
-def fill_logprob(message: pb.TokenLogprob, entry: LogprobEntry) -> None:
-    """Put `entry` into an empty message."""
-    message.logprob = entry.logprob
-    message.rank = entry.rank
-    message.top_ids.extend(entry.top_ids)
-    message.top_logprobs.extend(entry.top_logprobs)
+def add_logprobs(column: Any, entries: Iterable[LogprobEntry]) -> None:
+    """Append a `TokenLogprob` for each entry."""
+    for entry in entries:
+        message = column.add(logprob=entry.logprob, rank=entry.rank)
+        message.top_ids.extend(entry.top_ids)
+        message.top_logprobs.extend(entry.top_logprobs)
 
 
 def fill_usage(message: pb.Usage, end: RequestEnd) -> None:

@@ -14,7 +14,7 @@ import structlog
 from pagoda.tracing import server_span
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.calls import handler
-from scheduler_svc.codec import encode_output, encode_vocabulary, fill_logprob, fill_usage, split_rows
+from scheduler_svc.codec import add_logprobs, encode_output, encode_vocabulary, fill_usage, split_rows
 from scheduler_svc.core.events import Finish, RequestEnd, SessionOutput
 from scheduler_svc.engine import Engine
 from scheduler_svc.errors import InvalidRequest, RequestFailed, SchedulerError, abort
@@ -328,8 +328,7 @@ def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensRespon
     for output in outputs:
         for part in output.prompts:
             response = pb.GenerateTokensResponse()
-            for entry in part.entries:
-                fill_logprob(response.prompt_logprobs.add(), entry)
+            add_logprobs(response.prompt_logprobs, part.entries)
             yield response
         for (_, index), row in split_rows(output):
             response = pb.GenerateTokensResponse(index=index, token_ids=row.tokens)
@@ -337,6 +336,5 @@ def _responses(outputs: list[SessionOutput]) -> Iterator[pb.GenerateTokensRespon
                 response.score = row.score
             if row.reason is not None:
                 response.finish_reason = pb.FinishReason.ValueType(row.reason)
-            for entry in row.logprobs or ():
-                fill_logprob(response.logprobs.add(), entry)
+            add_logprobs(response.logprobs, row.logprobs or ())
             yield response
