@@ -125,9 +125,7 @@ class Service:
         """The gauges and counters now."""
         stats, groups = self._core.stats, [g for g in self._hub.groups.values() if g.complete]
         return Reading(
-            num_running=self._core.num_running,
-            num_waiting=self._core.num_waiting,
-            workers=self._engine.snapshot(False, False, 0).workers,
+            state=self._engine.snapshot(False, False, 0),
             heard={g.name: g.heard for g in groups},
             prefix_cache=self._settings.prefix_cache,
             counters=dataclasses.asdict(stats)

@@ -8,7 +8,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import msgspec
 
 from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.calls import handler
@@ -58,13 +57,13 @@ class ControlService:
 
     def _snapshot(self, options: pb.SnapshotRequest) -> pb.Snapshot:
         limit = options.max_requests if options.HasField("max_requests") else DEFAULT_MAX_REQUESTS
-        taken = self._engine.snapshot(options.include_requests, options.include_blocks, limit)
-        snapshot = pb.Snapshot(
+        snapshot = self._engine.snapshot(options.include_requests, options.include_blocks, limit)
+        about = pb.Snapshot(
             unix_us=time.time_ns() // 1000,
             model=model_info(self._engine),
             num_sessions=self._sessions.num_sessions,
-            **msgspec.to_builtins(taken),  # its fields, and those of all in it, are named as on the wire
         )
+        snapshot.MergeFrom(about)
         for worker in snapshot.workers:
             worker.device = self._engine.devices.get(worker.name, "")
             worker.num_ranks = self._engine.num_ranks.get(worker.name, 0)

@@ -35,11 +35,11 @@ from scheduler_svc.core.events import (
     WorkerLost,
 )
 from scheduler_svc.core.scheduler import Scheduler
-from scheduler_svc.core.snapshot import Snapshot
 from scheduler_svc.core.worker import Flight
 from scheduler_svc.errors import DuplicateRequest, InvalidRequest, NoWorker, QueueFull, SchedulerError
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.record import Recorder
+from scheduler_svc.snapshot import snapshot_of
 from scheduler_svc.spans import record_end
 from scheduler_svc.validation import ServedModel, check_request
 
@@ -215,9 +215,9 @@ class Engine:
         self.stop(live.key, index, Finish.CANCELLED)
         return True
 
-    def snapshot(self, include_requests: bool, include_blocks: bool, max_requests: int) -> Snapshot:
+    def snapshot(self, include_requests: bool, include_blocks: bool, max_requests: int) -> pb.Snapshot:
         """The core's state now."""
-        return self.core.snapshot(self._clock(), include_requests, include_blocks, max_requests)
+        return snapshot_of(self.core, self._clock(), include_requests, include_blocks, max_requests)
 
     # ------------------------------------------------------------------------------------- the turn
 

@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from pagoda.exposition import OURS, Aliased, plain_app, serve
+from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.config import SchedulerSettings
 from scheduler_svc.core.events import Plan, RequestEnd
-from scheduler_svc.core.snapshot import WorkerView
 
 LABELS = ("model_name", "engine")
 ENGINE = "scheduler"  # the `engine` label of what belongs to no one worker group
@@ -36,9 +36,7 @@ _PREEMPTIONS = (0, 1, 2, 3, 5, 10, 20, 50)
 class Reading(msgspec.Struct):
     """The gauges and counters at one moment. `counters` are by metric name, `swaps` by unit and direction."""
 
-    num_running: int = 0
-    num_waiting: int = 0
-    workers: list[WorkerView] = []
+    state: pb.Snapshot = msgspec.field(default_factory=pb.Snapshot)
     heard: dict[str, float] = {}  # when, of the monotonic clock, by worker group
     prefix_cache: bool = True
     counters: dict[str, Any] = {}
@@ -82,7 +80,6 @@ _OF_BLOCKS = (
     ("kv_lookahead_blocks", "Held blocks for tokens that are not known yet.", "num_lookahead_blocks"),
     ("num_host_blocks_used", "Blocks of host memory that hold KV.", "num_host_blocks_used"),
 )
-_BLOCK_STATES = ("free", "cached", "held")
 
 _Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
 _Rows = Iterable[tuple[Any, ...]]
@@ -188,29 +185,33 @@ class Metrics:
             by_label = [(ENGINE, value, count) for value, count in counts.items()]
             yield self._family(CounterMetricFamily, name, f"{what} by {label}.", by_label, label)
         for name, text, number in (
-            ("num_requests_running", "Requests that hold slots.", reading.num_running),
-            ("num_requests_waiting", "Requests in the queue.", reading.num_waiting),
+            ("num_requests_running", "Requests that hold slots.", reading.state.num_running),
+            ("num_requests_waiting", "Requests in the queue.", reading.state.num_waiting),
             ("last_progress_timestamp_seconds", "When a worker's result was last applied.", progress),
-            ("num_workers", "Worker groups attached.", len(reading.workers)),
+            ("num_workers", "Worker groups attached.", len(reading.state.workers)),
         ):
             yield self._family(GaugeMetricFamily, name, text, [(ENGINE, number)])
         # "deferred" waits for a worker to come back, "capacity" for room on one.
-        deferred = 0 if reading.workers else reading.num_waiting
-        waiting = [(ENGINE, "capacity", reading.num_waiting - deferred), (ENGINE, "deferred", deferred)]
+        deferred = 0 if reading.state.workers else reading.state.num_waiting
+        waiting = [(ENGINE, "capacity", reading.state.num_waiting - deferred), (ENGINE, "deferred", deferred)]
         text = "Requests in the queue, by what they wait for."
         yield self._family(GaugeMetricFamily, "num_requests_waiting_by_reason", text, waiting, "reason")
         yield from self._of_workers(reading)
 
     def _of_workers(self, reading: Reading) -> Iterator[Metric]:
-        now, workers = time.monotonic(), reading.workers
-        usage = [(w.name, w.num_held_blocks / w.num_blocks) for w in workers]
+        now, workers = time.monotonic(), reading.state.workers
+        usage = [(w.name, _held(w) / w.num_blocks) for w in workers]
         heard = [(w.name, now - reading.heard.get(w.name, 0.0)) for w in workers]
         yield self._family(GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV blocks held.", usage)
         for name, text, field in _OF_BLOCKS:
             rows = [(w.name, getattr(w, field)) for w in workers]
             yield self._family(GaugeMetricFamily, name, text, rows)
         text = "KV blocks; every block is in one of these states."
-        by_state = [(w.name, s, getattr(w, f"num_{s}_blocks")) for w in workers for s in _BLOCK_STATES]
+        by_state = [
+            (w.name, *state)
+            for w in workers
+            for state in (("free", w.num_free_blocks), ("cached", w.num_cached_blocks), ("held", _held(w)))
+        ]
         yield self._family(GaugeMetricFamily, "kv_blocks", text, by_state, "state")
         text = "Time since the worker was last heard."
         yield self._family(GaugeMetricFamily, "worker_last_heard_seconds", text, heard)
@@ -225,7 +226,12 @@ class Metrics:
         return family
 
 
-def _cache_config(worker: WorkerView, reading: Reading) -> dict[str, str]:
+def _held(worker: pb.WorkerSnapshot) -> int:
+    """Blocks that are in some block table."""
+    return worker.num_blocks - worker.num_free_blocks - worker.num_cached_blocks
+
+
+def _cache_config(worker: pb.WorkerSnapshot, reading: Reading) -> dict[str, str]:
     return {
         "block_size": str(worker.block_size),
         "num_gpu_blocks": str(worker.num_blocks),

@@ -33,7 +33,6 @@ from scheduler_svc.core.planner import make_plan
 from scheduler_svc.core.queue import WaitingQueue
 from scheduler_svc.core.request import NEVER, NO_SLOT, Sequence
 from scheduler_svc.core.router import Router, fits
-from scheduler_svc.core.snapshot import Snapshot, view
 from scheduler_svc.core.stats import Stats
 from scheduler_svc.core.swap import drop_host
 from scheduler_svc.core.worker import Flight, Worker
@@ -106,12 +105,6 @@ class Scheduler:
             if out.num_tokens.count(1) == len(out.num_tokens):
                 out.num_tokens = []
         return self._outputs
-
-    def snapshot(
-        self, now: float, include_requests: bool, include_blocks: bool, max_requests: int
-    ) -> Snapshot:
-        """The state now, for people: see `core.snapshot`."""
-        return view(self, now, include_requests, include_blocks, max_requests)
 
     # -------------------------------------------------------------------------------------- requests
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler_svc.core.config import CoreConfig
+from scheduler_svc.snapshot import snapshot_of
 from tests.property.test_core import World, random_prompt
 from tests.support.accounting import recount, tokens_ahead
 
@@ -33,8 +34,9 @@ def test_memory_is_what_the_tables_hold(depth: int, horizon_us: int, blocks: int
         worker = world.core.workers["w"]
         memory, num_shared = recount(worker)
         assert worker.memory() == memory
-        (view,) = world.core.snapshot(world.now, False, False, 0).workers
-        assert view.num_held_blocks == memory.held and view.num_shared_blocks == num_shared
+        (view,) = snapshot_of(world.core, world.now, False, False, 0).workers
+        assert view.num_blocks - view.num_free_blocks - view.num_cached_blocks == memory.held
+        assert view.num_shared_blocks == num_shared
         assert view.num_lookahead_blocks == memory.lookahead
         if memory.held:
             assert view.kv_waste_ratio == memory.unused_slots / (memory.held * block_size)

@@ -21,6 +21,7 @@ from scheduler_svc.core.events import (
 )
 from scheduler_svc.core.group import Group
 from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.snapshot import snapshot_of
 
 
 class Bench:
@@ -427,12 +428,12 @@ def test_snapshot_says_why_a_request_is_not_running() -> None:
     for _ in range(3):
         bench.arrive([1, 2, 3])
     bench.must_plan()
-    view = bench.core.snapshot(1.0, True, True, 100)
-    assert [r["why_not_running"] for r in view.requests] == [
+    view = snapshot_of(bench.core, 1.0, True, True, 100)
+    assert [r.why_not_running for r in view.requests] == [
         "",
         "it needs 1 slots, 0 are free",
         "1 requests are ahead of it in the queue of w",
     ]
     bench.apply(WorkerLost("w"))
-    view = bench.core.snapshot(1.0, True, True, 100)
-    assert {r["why_not_running"] for r in view.requests} == {"no worker is attached"}
+    view = snapshot_of(bench.core, 1.0, True, True, 100)
+    assert {r.why_not_running for r in view.requests} == {"no worker is attached"}

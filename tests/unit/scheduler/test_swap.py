@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.core.config import CoreConfig
 from scheduler_svc.core.events import (
     Event,
@@ -19,8 +20,8 @@ from scheduler_svc.core.events import (
 )
 from scheduler_svc.core.preempt import prefers_swap
 from scheduler_svc.core.scheduler import Scheduler
-from scheduler_svc.core.snapshot import PREEMPTED, SWAPPED
 from scheduler_svc.core.swap import most_blocks
+from scheduler_svc.snapshot import snapshot_of
 from tests.support.model_device import ModelDevice, expected_output
 
 SIZE = 4
@@ -93,8 +94,8 @@ class Bench:
         assert self.worker.host.num_free == self.worker.host.num_blocks
 
     def state(self, key: int) -> int:
-        taken = self.core.snapshot(0.0, True, False, 100)
-        return next(r["state"] for r in taken.requests if r["request_id"] == str(key))
+        taken = snapshot_of(self.core, 0.0, True, False, 100)
+        return next(r.state for r in taken.requests if r.request_id == str(key))
 
 
 def swaps_out(plan: Plan) -> bool:
@@ -115,11 +116,11 @@ def test_a_victim_goes_out_as_its_blocks_are_taken_and_decodes_in_the_step_that_
     first, second = two_that_do_not_fit(bench)
     out = bench.until(swaps_out)
     assert (out.released_slots, out.slots) == ([1], [0])
-    assert bench.state(second) == SWAPPED and bench.core.groups[second].swapped
+    assert bench.state(second) == pb.REQUEST_STATE_SWAPPED and bench.core.groups[second].swapped
     assert set(out.append_blocks) & set(out.swap_out_device_blocks), "they are used again at once"
     host = bench.core.groups[second].samples[0].host_blocks
     assert out.swap_out_host_blocks == host
-    taken = bench.core.snapshot(0.0, False, False, 0)
+    taken = snapshot_of(bench.core, 0.0, False, False, 0)
     assert taken.workers[0].num_host_blocks_used == len(host) and taken.workers[0].num_host_blocks == 20
     assert taken.swapped_tokens == len(bench.core.groups[second].samples[0].tokens) - 1
     known = len(bench.core.groups[second].samples[0].tokens)
@@ -184,7 +185,7 @@ def test_a_group_in_prefill_and_one_without_room_in_host_memory_are_recomputed()
     bench = Bench(num_host_blocks=2)
     _, second = two_that_do_not_fit(bench)
     bench.until(lambda plan: plan.released_slots)
-    assert bench.state(second) == PREEMPTED and not any(map(swaps_out, bench.plans))
+    assert bench.state(second) == pb.REQUEST_STATE_PREEMPTED and not any(map(swaps_out, bench.plans))
     bench.finish()
     assert bench.core.stats.recomputed_tokens > 0 and bench.core.stats.num_swaps == 0
 

@@ -1,69 +1,19 @@
-"""The state of the core at one moment, and why a request is not running. Fields are named as on the wire."""
+"""The state of the core at one moment, as the wire has it, and why a request is not running."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import msgspec
-
+from pagoda.v1 import scheduler_pb2 as pb
 from scheduler_svc.core.group import Group, State
 from scheduler_svc.core.request import NO_SLOT
+from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.worker import Worker
 
-if TYPE_CHECKING:
-    from scheduler_svc.core.scheduler import Scheduler
 
-WAITING, PREFILL, DECODE, PREEMPTED, SWAPPED = 1, 2, 3, 4, 5  # values of `pagoda.v1.RequestState`
-
-
-class WorkerView(msgspec.Struct):
-    """One worker group."""
-
-    name: str
-    epoch: int
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    block_size: int
-    max_slots: int
-    num_slots_used: int
-    num_inflight: int
-    horizon: int
-    step_us: int
-    ref_counts: list[int]
-    cached_blocks: list[int]
-    kv_waste_ratio: float
-    kv_sharing_ratio: float
-    num_shared_blocks: int
-    num_lookahead_blocks: int
-    num_host_blocks: int
-    num_host_blocks_used: int
-
-    @property
-    def num_held_blocks(self) -> int:
-        """Blocks that are in some block table."""
-        return self.num_blocks - self.num_free_blocks - self.num_cached_blocks
-
-
-class Snapshot(msgspec.Struct):
-    """Everything."""
-
-    num_waiting: int
-    num_running: int
-    generation_tokens: int
-    prompt_tokens: int
-    num_preemptions: int
-    swapped_tokens: int
-    recomputed_tokens: int
-    workers: list[WorkerView]
-    requests: list[dict[str, Any]]
-
-
-def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests: int) -> Snapshot:
+def snapshot_of(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests: int) -> pb.Snapshot:
     """A snapshot of `core`; `requests` lists up to `max_requests`, `blocks` adds tables and counts."""
     listed = list(core.groups.values())[:max_requests] if requests else []
     ahead: dict[str, int] = {}
-    return Snapshot(
+    return pb.Snapshot(
         num_waiting=core.num_waiting,
         num_running=core.num_running,
         generation_tokens=core.stats.generation_tokens,
@@ -76,10 +26,10 @@ def view(core: Scheduler, now: float, requests: bool, blocks: bool, max_requests
     )
 
 
-def _worker(worker: Worker, blocks: bool) -> WorkerView:
+def _worker(worker: Worker, blocks: bool) -> pb.WorkerSnapshot:
     allocator = worker.allocator
     memory = worker.memory()
-    return WorkerView(
+    return pb.WorkerSnapshot(
         name=worker.name,
         epoch=worker.epoch,
         num_blocks=allocator.num_blocks,
@@ -104,18 +54,19 @@ def _worker(worker: Worker, blocks: bool) -> WorkerView:
 
 def _request(
     core: Scheduler, group: Group, now: float, blocks: bool, ahead: dict[str, int]
-) -> dict[str, Any]:
+) -> pb.RequestSnapshot:
     worker = core.workers.get(group.worker)
     why = ""
     if group.state is State.WAITING:
-        state = SWAPPED if group.swapped else PREEMPTED if group.num_preemptions else WAITING
+        waiting = pb.REQUEST_STATE_PREEMPTED if group.num_preemptions else pb.REQUEST_STATE_WAITING
+        state = pb.REQUEST_STATE_SWAPPED if group.swapped else waiting
         position = ahead.get(group.worker, 0)
         ahead[group.worker] = position + 1
         why = _why(worker, position)
     else:
         prefilling = worker is not None and any(s.slot in worker.prefilling for s in group.samples)
-        state = PREFILL if prefilling or group.followers else DECODE
-    return dict(
+        state = pb.REQUEST_STATE_PREFILL if prefilling or group.followers else pb.REQUEST_STATE_DECODE
+    return pb.RequestSnapshot(
         request_id=group.request_id,
         state=state,
         why_not_running=why,
@@ -126,13 +77,13 @@ def _request(
         cached_tokens=group.cached_tokens,
         num_preemptions=group.num_preemptions,
         samples=[
-            dict(
+            pb.SampleSnapshot(
                 index=s.index,
                 slot=None if s.slot == NO_SLOT else s.slot,
                 output_tokens=s.num_output,
                 num_computed=int(worker.rows.scheduled[s.slot]) if worker and s.slot != NO_SLOT else 0,
                 blocks=list(s.blocks) if blocks else [],
-                finish_reason=int(s.finish or 0),
+                finish_reason=pb.FinishReason.ValueType(s.finish or 0),
             )
             for s in group.samples
         ],
