@@ -9,7 +9,7 @@ later iterations masked, computes one position without writing it, samples nothi
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -79,20 +79,14 @@ class RowState:
         device: torch.device,
     ) -> RowState:  # fmt: skip
         """State of `num_slots` rows and the one that pads; all is zero, nothing is done but the last."""
-        size, i32, f32 = num_slots + 1, torch.int32, torch.float32
+        size, i32 = num_slots + 1, torch.int32
         numbers = torch.zeros((NUM_NUMBERS, size), dtype=i32, device=device)
         counters, integers, floats = numbers.split((len(COUNTERS), len(INTEGERS), len(FLOATS)))
-        floats = floats.view(f32)
+        floats = floats.view(torch.float32)
         done = torch.zeros(size, dtype=torch.bool, device=device)
         done[num_slots] = True
-        columns = SamplingColumns(
-            seed=torch.zeros(size, dtype=torch.int64, device=device),
-            stop_ids=torch.full((size, max_stop_ids), -1, dtype=i32, device=device),
-            bias_ids=torch.full((size, max_bias), -1, dtype=i32, device=device),
-            bias_values=torch.zeros((size, max_bias), device=device),
-            **dict(zip(INTEGERS, integers, strict=True)),
-            **dict(zip(FLOATS, floats, strict=True)),
-        )
+        views = {**dict(zip(INTEGERS, integers, strict=True)), **dict(zip(FLOATS, floats, strict=True))}
+        columns = replace(SamplingColumns.allocate(size, device, max_stop_ids, max_bias), **views)
         return cls(
             tokens=torch.zeros((size, max_len), dtype=i32, device=device),
             block_tables=torch.zeros((size, -(-max_len // block_size)), dtype=i32, device=device),
