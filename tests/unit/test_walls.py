@@ -33,7 +33,7 @@ NEVER_IN_CORE = {
     "uuid",
     "pagoda",
 }
-MAX_FILE, MAX_FUNCTION, MAX_ENGINE = 450, 80, 8750  # docs/adr/0012
+MAX_FILE, MAX_FUNCTION, MAX_ENGINE = 450, 80, 8600  # docs/adr/0012
 # Triton source and its launches, which docs/adr/0005 counts like the C of kernels/cpu: not at all.
 UNCOUNTED = ROOT / "kernels" / "cuda"
 
