@@ -24,6 +24,7 @@ from kernels.cuda.cublaslt import (
     TYPE_F32,
     Algorithm,
     Heuristic,
+    library,
 )
 
 # Of cublasLt.h, cublas_api.h and library_types.h.
@@ -106,11 +107,7 @@ class Lt:
 
     def __init__(self) -> None:
         self.path = mapped(Path("/proc/self/maps").read_text(), "libcublasLt")
-        # Where a library of its functions is preloaded, that is the one torch calls; else nothing that the
-        # process has as a whole is named so.
-        process = ctypes.CDLL(None)
-        preloaded = hasattr(process, "cublasLtCreate")
-        self._library = process if preloaded else ctypes.CDLL(str(self.path))
+        self._library = library()
         self._library.cublasLtGetVersion.restype = c_size_t
         self.version = int(self._library.cublasLtGetVersion())
         self.handle = self.made("Create")

@@ -42,8 +42,11 @@ class Heuristic(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The library that torch has loaded; None where torch is built without it."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "cublasLtCreate"):  # preloaded: what torch calls then, as nothing else is named so
+        return process
     try:
         return ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').partition('.')[0]}")
     except OSError:
@@ -51,7 +54,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    status = getattr(_library(), f"cublasLt{name}")(*arguments)
+    status = getattr(library(), f"cublasLt{name}")(*arguments)
     if status:
         raise RuntimeError(f"cublasLt{name} failed with status {status}")
 
@@ -117,7 +120,7 @@ class Product:
 @functools.cache
 def chosen(rows: int, n: int, k: int, device: torch.device) -> Product | None:
     """How to compute [rows, K] times [N, K] transposed; None where torch is to."""
-    if rows < LEAST_ROWS or (n, k) not in TILES or device.type != "cuda" or _library() is None:
+    if rows < LEAST_ROWS or (n, k) not in TILES or device.type != "cuda" or library() is None:
         return None
     product = Product(rows, n, k, device)
     return product if product.takes(TILES[n, k]) else None

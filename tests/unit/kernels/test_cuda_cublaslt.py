@@ -53,7 +53,7 @@ def library(monkeypatch):
 
     def put(*proposals):
         pretended = PretendLibrary(*proposals)
-        monkeypatch.setattr(cublaslt, "_library", lambda: pretended)
+        monkeypatch.setattr(cublaslt, "library", lambda: pretended)
         monkeypatch.setattr(cublaslt, "_handle", lambda device: ctypes.c_void_p(1))
         return pretended
 
