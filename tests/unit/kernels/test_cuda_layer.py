@@ -345,6 +345,8 @@ def record(monkeypatch, arch):
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "traits", lambda _: traits, raising=False)
     monkeypatch.setattr(layer, "paged_attention", lambda *_, **__: None)
+    # The library's products launch nothing of ours, and torch 2.11 gets them wrong for tensors of no device.
+    monkeypatch.setattr(torch, "addmm", lambda *_, out, **__: out)
     linear.choose_tile.cache_clear()
     return calls
 
