@@ -74,7 +74,7 @@ class Spec(NamedTuple):
     adds: bool = False
 
 
-# Of one of two ranks, whose parts of o and down are added up elsewhere.
+# Rows and columns of the weights of one of two ranks, whose parts of o and down are added up elsewhere.
 HALVES = {"qkv": (2304, 3584), "o": (3584, 1792), "gate_up": (18944, 3584), "down": (3584, 9472)}
 SPECS = {
     spec.name: spec

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_algos import HALVES
 from benchmarks.gpu_facts import facts
 from benchmarks.gpu_ranks import BF16, EPS, F32, PLACES, WIDTH, Rank, bits, seconds
 from benchmarks.gpu_times import device_and_host_ms
@@ -42,8 +43,6 @@ ROWS, PROMPT, BLOCK_SIZE, DIM, HEADS, KV_HEADS = 8192, 1024, 16, 128, 14, 2
 LAYERS = 4
 LOCAL_PROGRAMS = (264, 528, 1056, 2112, 8192)
 FIRST_ROWS = (2048, 3072, 3328, 3584, 3840, 4096, 4608)
-# Rows and columns of the weights of one of two ranks.
-PRODUCTS = {"qkv": (2304, 3584), "o": (3584, 1792), "gate_up": (18944, 3584), "down": (3584, 9472)}
 REPLAYS = 7
 # Of a graph in a block, and blocks of each.
 BLOCK, ROUNDS = 30, 6
@@ -59,7 +58,7 @@ class Bench:
 
     def weight(self, name: str) -> PackedLinear:
         """Of this rank alone."""
-        rows, columns = PRODUCTS[name]
+        rows, columns = HALVES[name]
         data = (torch.randn(rows, columns, device=self.my.device) * columns**-0.5).to(BF16)
         return PackedLinear((rows, columns), BF16, BF16, data, None, False)
 
@@ -107,7 +106,7 @@ class Bench:
     def products(self, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
         """Microseconds of each product, whole and in two pieces, by the first one's rows."""
         results = {}
-        for name, (rows, columns) in PRODUCTS.items():
+        for name, (rows, columns) in HALVES.items():
             weight, x = self.weight(name), torch.randn(ROWS, columns, device=self.my.device).to(BF16)
             out = torch.empty(ROWS, rows, dtype=BF16, device=self.my.device)
 
@@ -168,7 +167,7 @@ class Bench:
     def layer(self) -> Layer:
         shapes = cache_shape(ROWS // BLOCK_SIZE, KV_HEADS, BLOCK_SIZE, DIM, BF16, "cuda")
         caches = [torch.zeros(shape, dtype=BF16, device=self.my.device) for shape in shapes]
-        qkv, o, gate_up, down = (self.weight(name) for name in PRODUCTS)
+        qkv, o, gate_up, down = (self.weight(name) for name in HALVES)
         norm = self.my.weight
         return Layer(norm, qkv, o, norm, gate_up, down, *caches, HEADS, EPS, DIM**-0.5)
 

@@ -15,7 +15,7 @@ from benchmarks.gpu_services import Services
 def add_service_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add the flags of scheduler, worker and model; a program's own defaults by name, `logs` among them."""
     p.add_argument("--model", type=Path, help="a model folder instead of a preset's")
-    p.add_argument("--load-format", default="dummy", help="of the weights")
+    p.add_argument("--load-format", default="dummy", help="of the weights: auto reads, dummy draws them")
     p.add_argument("--base", type=Path, default=Path("/tmp/models"), help="where model folders are made")
     p.add_argument("--out", type=Path, help="JSON file, written as results come")
     p.add_argument("--logs", type=Path, help="folder of the services' logs")
@@ -27,7 +27,7 @@ def add_service_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:
     p.add_argument("--scheduler-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--worker-args", type=shlex.split, default=[], help="more flags, in one word")
     p.add_argument("--ready-s", type=float, default=180, help="longest start of the services")
-    p.add_argument("--settle-s", type=float, default=8, help="idle time first: a worker captures graphs then")
+    p.add_argument("--settle-s", type=float, default=8, help="at rest before what is measured: for graphs")
     p.add_argument("--commit", default="", help="what is measured, where git cannot say")
     p.set_defaults(**defaults)
 

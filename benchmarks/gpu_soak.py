@@ -8,7 +8,8 @@ Scheduler and worker are processes of their own, this one is four of their clien
 `gpu_soak_load.py`: every kind, a tenth of them cancelled at any moment, some refused, now and then a whole
 session dropped, prefixes shared, and a cache so small that requests are preempted. They come in rounds; after
 each one everything is waited for, and the books are checked at rest, as they are under load every few seconds
-(`gpu_soak_checks.py`). The first round is the warm-up, with which memory is compared.
+(`gpu_soak_checks.py`). The first round is the warm-up, with which memory is compared. Unless --load-format
+says otherwise, weights are read where there is a --model, else drawn.
 
 Exit status: 0 when all held, 1 when something did not, 2 when the run failed, 130 and 143 when it was told to
 end by SIGINT or SIGTERM.
@@ -295,7 +296,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="qwen2.5-0.5b")
-    # Rests come between rounds; weights are read where there is a model, else made up.
+    # Rests come between rounds, before memory is looked at.
     add_service_flags(p, logs=Path("/tmp/pagoda-soak"), settle_s=3.0, load_format="")
     p.add_argument(
         "--blocks", type=int, default=4000, help="KV blocks: few enough that requests are preempted"

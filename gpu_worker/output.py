@@ -88,7 +88,8 @@ def _add(
     columns: worker_pb2.LogprobColumns, asked: np.ndarray, chosen: np.ndarray, ranks: np.ndarray,
     ids: np.ndarray, values: np.ndarray,
 ) -> None:  # fmt: skip
-    """Logprobs and ranks of tokens, and of each one's best tokens as many as were asked for."""
+    """Logprobs and ranks of tokens, and of each one's best tokens as many as were asked for; the columns are
+    in the order of `SampledLogprobs`."""
     columns.token_logprobs.extend(chosen.tolist())
     columns.ranks.extend(ranks.tolist())
     num_top = np.minimum(asked, ids.shape[1])

@@ -117,7 +117,8 @@ class Service:
         await self._health.set("", status.SERVING)
         while True:
             serving = bool(self._engine.workers)
-            await self._health.set(SERVICES[0], status.SERVING if serving else status.NOT_SERVING)
+            name = session.SERVICE.full_name
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
             await self._changed.wait()
             self._changed.clear()
 
